@@ -1,0 +1,206 @@
+"""Who asks (API keys), on whose behalf (identity), and who may speak for an answer (feedback tokens).
+
+Pure but for the key ring, which a background task refreshes from the store: no request waits for a look-up.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from gateway.openai import ApiError, Ask, Fields, Metadata
+from router.store import ApiKey
+
+OPEN_TENANT = "default"
+
+
+def new_key(tenant: str, role: str, now: float) -> tuple[str, ApiKey]:
+    """A fresh API key and what is kept of it. The key itself is shown once and never stored."""
+    secret = f"us-{secrets.token_urlsafe(32)}"
+    return secret, ApiKey(f"key_{secrets.token_hex(4)}", _digest(secret), tenant, role, now)
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whom an API key stands for. `id` tells callers without identities apart; it is a hash, never the key."""
+
+    tenant: str
+    id: str
+    role: str = "app"
+    keyed: bool = False
+
+
+class KeyRing:
+    """The API keys that are valid now."""
+
+    def __init__(self, require_key: bool) -> None:
+        self.require_key = require_key
+        self._by_digest: dict[str, ApiKey] = {}
+        self._seen: dict[bytes, Caller] = {}
+
+    def refresh(self, keys: Iterable[ApiKey]) -> None:
+        valid = {key.digest: key for key in keys if not key.revoked}
+        if valid != self._by_digest:
+            self._by_digest = valid
+            self._seen.clear()
+
+    def caller(self, authorization: bytes) -> Caller:
+        """Who sends this `Authorization` header. Raises `ApiError` 401."""
+        known = self._seen.get(authorization)
+        if known is not None:
+            return known
+        scheme, _, secret = authorization.decode("latin-1").partition(" ")
+        digest = _digest(secret.strip())
+        key = self._by_digest.get(digest) if scheme.lower() == "bearer" else None
+        if key is None and self.require_key:
+            raise ApiError(
+                401,
+                "a valid API key is needed: send `Authorization: Bearer us-…` (`understudy keys create` makes one)",
+                type="authentication_error",
+                code="invalid_api_key",
+            )
+        caller = Caller(key.tenant, key.id, key.role, True) if key else Caller(OPEN_TENANT, digest[:16])
+        if len(self._seen) > 10_000:
+            self._seen.clear()
+        self._seen[authorization] = caller
+        return caller
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """On whose behalf a request is made. `user` is a pseudonym."""
+
+    tenant: str
+    session: str
+    user: str | None
+    task_type: str | None
+    metadata: Metadata
+
+
+_NO_METADATA = Metadata()
+_NAME_LIMIT = 200
+
+
+class Pseudonyms:
+    """Keyed hashes: equal names of one tenant stay equal, and nobody without the key can guess them back."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key[:64]
+
+    def of(self, tenant: str, *parts: str | bytes) -> str:
+        h = hashlib.blake2b(tenant.encode(), key=self._key, digest_size=12)
+        for part in parts:
+            h.update(b"\x1f")
+            h.update(part.encode() if isinstance(part, str) else part)
+        return h.hexdigest()
+
+
+def identify(caller: Caller, headers: Mapping[bytes, bytes], ask: Ask, fields: Fields, hide: Pseudonyms) -> Identity:
+    """Identity, strongest source first: headers, `metadata`, OpenAI's own fields, else key + conversation root."""
+    said = ask.metadata or _NO_METADATA
+    tenant = caller.tenant
+    if not caller.keyed or caller.role == "admin":  # a key speaks for its own tenant only
+        tenant = _header(headers, b"x-understudy-tenant") or tenant
+    user = _header(headers, b"x-understudy-user") or said.user_id or ask.user or ask.safety_identifier
+    session = _header(headers, b"x-understudy-session") or said.session_id
+    if session is None:
+        session = hide.of(tenant, caller.id, user or "", ask.prompt_cache_key or "", *_root(ask))
+    elif len(session) > _NAME_LIMIT:
+        session = hide.of(tenant, session)
+    return Identity(
+        tenant=tenant[:_NAME_LIMIT],
+        session=session,
+        user=hide.of(tenant, user) if user else None,
+        task_type=(_header(headers, b"x-understudy-task") or said.task_type or "")[:_NAME_LIMIT] or None,
+        metadata=said,
+    )
+
+
+def _header(headers: Mapping[bytes, bytes], name: bytes) -> str | None:
+    value = headers.get(name)
+    return value.decode("utf-8", "replace").strip() or None if value else None
+
+
+def _root(ask: Ask) -> list[bytes]:
+    """What stays the same through a conversation: its system messages up to, and with, the first user message."""
+    if ask.messages is None:
+        return [bytes(ask.input or ask.prompt or b"")]
+    root = []
+    for message in ask.messages:
+        root += [message.role.encode(), bytes(message.content)]
+        if message.role == "user":
+            break
+    return root
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """The right to give feedback on one answer, until `expires` (Unix seconds)."""
+
+    key_id: str
+    tenant: str
+    request_id: str
+    subject: str | None
+    kinds: tuple[str, ...]
+    """Allowed kinds; empty allows all but `outcome`."""
+    expires: int
+
+
+class TokenSigner:
+    """Issues and checks feedback tokens: base64url(JSON) "." base64url(HMAC-SHA256, first 16 bytes).
+
+    `keys`: id → secret, newest first. New tokens use the first; any verifies, so keys can be rotated.
+    """
+
+    LIFETIME = 7 * 86400
+
+    def __init__(self, keys: Mapping[str, bytes]) -> None:
+        self._keys = dict(keys)
+        self._current = next(iter(self._keys))
+        self._decoder = msgspec.json.Decoder(Token)
+
+    def issue(self, tenant: str, request_id: str, subject: str | None, now: float) -> str:
+        token = Token(self._current, tenant, request_id, subject, (), int(now) + self.LIFETIME)
+        payload = msgspec.json.encode(token)
+        return f"{_b64(payload)}.{_b64(_mac(self._keys[self._current], payload))}"
+
+    def verify(self, token: str, now: float) -> Token:
+        """The token's claims. Raises `ApiError` 401 if it is not ours, was changed, or has expired."""
+        try:
+            payload, mac = (base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in token.split("."))
+            claims = self._decoder.decode(payload)
+        except (ValueError, binascii.Error, msgspec.MsgspecError):
+            raise _bad_token("it is malformed") from None
+        key = self._keys.get(claims.key_id)
+        if key is None or not hmac.compare_digest(mac, _mac(key, payload)):
+            raise _bad_token("its signature does not match")
+        if claims.expires < now:
+            raise _bad_token("it has expired")
+        return claims
+
+
+def _mac(key: bytes, payload: bytes) -> bytes:
+    return hmac.digest(key, payload, "sha256")[:16]
+
+
+def _b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _bad_token(why: str) -> ApiError:
+    return ApiError(
+        401,
+        f"the feedback token is refused: {why}",
+        type="authentication_error",
+        code="invalid_feedback_token",
+    )

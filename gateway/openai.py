@@ -1,0 +1,305 @@
+"""The OpenAI wire format, as far as we read it: requests, answers (whole or as SSE) and error bodies.
+
+Requests are parsed once, into the few fields that routing needs, and once more into raw slices by field, so that
+the body sent upstream is the app's own bytes with only our fields replaced.
+Specification: https://platform.openai.com/docs/api-reference
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+ENDPOINTS = ("chat/completions", "completions", "responses", "embeddings")
+
+
+class ApiError(Exception):
+    """An answer that is an error: `status` and an OpenAI-shaped body."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.headers = headers
+        self.body = error_body(message, type, param, code)
+
+
+def error_body(message: str, type: str, param: str | None = None, code: str | None = None) -> bytes:
+    return msgspec.json.encode({"error": {"message": message, "type": type, "param": param, "code": code}})
+
+
+class Metadata(msgspec.Struct, frozen=True):
+    """What an app may say about a request in its body's `metadata`. OpenAI allows strings only there."""
+
+    session_id: str | None = None
+    user_id: str | None = None
+    task_type: str | None = None
+    task_id: str | None = None
+    prompt_version: str | None = None
+    knowledge_version: str | None = None
+    retrieval_ids: str | tuple[str, ...] | None = None
+    country: str | None = None
+    consent: str | None = None
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str = ""
+    content: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """The fields of a request that we read; all others pass through unseen."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    messages: list[Message] | None = None
+    input: msgspec.Raw | None = None
+    prompt: msgspec.Raw | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    previous_response_id: str | None = None
+    metadata: Metadata | None = None
+
+    @property
+    def assistant_turns(self) -> int:
+        return sum(1 for m in self.messages or () if m.role == "assistant")
+
+
+Fields = dict[str, msgspec.Raw]
+
+_ask = msgspec.json.Decoder(Ask)
+_fields = msgspec.json.Decoder(Fields)
+_messages = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+def parse_request(body: bytes) -> tuple[Ask, Fields]:
+    """The fields we read, and the whole body as raw slices. Raises `ApiError` 400 that names the field."""
+    try:
+        ask = _ask.decode(body)
+        fields = _fields.decode(body)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$")
+        param = path.strip("`.").split(".")[0].split("[")[0] or None
+        if "missing required field `model`" in reason:
+            param, reason = "model", "`model` is missing: name one of the routes that GET /v1/models lists"
+        elif param is None:
+            reason = f"the body must be a JSON object: {reason}"
+        else:
+            reason = f"`{param}`: {reason}"
+        raise ApiError(400, reason, param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from None
+    if not ask.model:
+        raise ApiError(400, "`model` is empty: name one of the routes that GET /v1/models lists", param="model")
+    return ask, fields
+
+
+def with_system_prompt(fields: Fields, endpoint: str, prompt: str) -> None:
+    """Put `prompt` where the app's leading system (or developer) message stands, or in front; in place."""
+    raw = msgspec.json.encode(prompt)
+    if endpoint == "responses":
+        fields["instructions"] = msgspec.Raw(raw)
+    elif endpoint == "chat/completions" and "messages" in fields:
+        messages = _messages.decode(fields["messages"])
+        first = msgspec.json.decode(messages[0], type=Message) if messages else None
+        if first is not None and first.role in ("system", "developer"):
+            messages = messages[1:]
+        messages.insert(0, msgspec.Raw(b'{"role":"system","content":' + raw + b"}"))
+        fields["messages"] = msgspec.Raw(msgspec.json.encode(messages))
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    prompt_tokens_details: dict[str, Any] | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    index: int = 0
+    text: str | None = None
+    finish_reason: str | None = None
+    message: dict[str, Any] | None = None
+    delta: dict[str, Any] | None = None
+
+
+class _Response(msgspec.Struct, frozen=True):
+    """The `response` object of the Responses API, whole or inside an event."""
+
+    id: str | None = None
+    status: str | None = None
+    usage: Usage | None = None
+
+
+class _Body(msgspec.Struct, frozen=True):
+    """An answer, a chunk of one, or a Responses event: whatever of these fields is there."""
+
+    id: str | None = None
+    type: str | None = None
+    delta: Any = None
+    status: str | None = None
+    choices: list[_Choice] = []
+    output: list[dict[str, Any]] = []
+    response: _Response | None = None
+    usage: Usage | None = None
+    error: Any = None
+
+
+class Answer(msgspec.Struct):
+    """What an answer's copy says, first choice only; fields stay None where it does not say."""
+
+    id: str | None = None
+    text: str = ""
+    tool_calls: list[dict[str, Any]] = []
+    finish_reason: str | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    tokens_cached: int | None = None
+    failed: bool = False
+    """The upstream reported an error inside a 200."""
+    unreadable: bool = False
+
+
+_body = msgspec.json.Decoder(_Body)
+
+
+def read_answer(body: bytes) -> Answer:
+    """An unary answer. Never raises: what cannot be read is said in `unreadable`."""
+    answer = Answer()
+    try:
+        _take(answer, _body.decode(body))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        answer.unreadable = True
+    return answer
+
+
+def read_stream(body: bytes) -> Answer:
+    """The answer that an SSE stream spelled. Never raises."""
+    answer, parts = Answer(), list[str]()
+    for data in sse_data(body):
+        if data == b"[DONE]":
+            continue
+        try:
+            chunk = _body.decode(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            answer.unreadable = True
+            continue
+        _take(answer, chunk, parts)
+    answer.text = "".join(parts)
+    return answer
+
+
+def sse_data(body: bytes) -> Iterator[bytes]:
+    """The data of each event (https://html.spec.whatwg.org/multipage/server-sent-events.html, §9.2.6)."""
+    for event in body.replace(b"\r\n", b"\n").split(b"\n\n"):
+        lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
+        if lines:
+            yield b"\n".join(lines)
+
+
+def _take(answer: Answer, body: _Body, parts: list[str] | None = None) -> None:
+    answer.id = answer.id or body.id or (body.response.id if body.response else None)
+    answer.failed = answer.failed or body.error is not None
+    usage = body.usage or (body.response.usage if body.response else None)
+    if usage is not None:
+        answer.tokens_in = usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens
+        answer.tokens_out = usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens
+        cached = (usage.prompt_tokens_details or {}).get("cached_tokens")
+        answer.tokens_cached = cached if isinstance(cached, int) else None
+    for choice in body.choices:
+        if choice.index != 0:
+            continue
+        answer.finish_reason = choice.finish_reason or answer.finish_reason
+        said = choice.message or choice.delta or {}
+        text = choice.text if choice.text is not None else said.get("content")
+        if isinstance(text, str):
+            if parts is None:
+                answer.text += text
+            else:
+                parts.append(text)
+        _take_tool_calls(answer, said.get("tool_calls"))
+    if parts is not None and body.type == "response.output_text.delta" and isinstance(body.delta, str):
+        parts.append(body.delta)
+    for item in body.output:
+        for part in item.get("content") or ():
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                answer.text += part["text"]
+    status = body.response.status if body.response else (body.status if body.output else None)
+    answer.finish_reason = status or answer.finish_reason
+
+
+def _take_tool_calls(answer: Answer, calls: object) -> None:
+    """Join the deltas of tool calls by their `index`; a `name` or `id` of null changes nothing."""
+    if not isinstance(calls, list):
+        return
+    by_index = {call["index"]: call for call in answer.tool_calls}
+    for place, call in enumerate(calls):
+        index = call.get("index", place)
+        kept = by_index.get(index)
+        if kept is None:
+            kept = by_index[index] = {"index": index, "id": None, "name": "", "arguments": ""}
+            answer.tool_calls = [*answer.tool_calls, kept]
+        function = call.get("function") or {}
+        kept["id"] = call.get("id") or kept["id"]
+        kept["name"] = function.get("name") or kept["name"]
+        kept["arguments"] += function.get("arguments") or ""
+
+
+class UsageFilter:
+    """Takes out of a stream the one event that the app did not ask for: the usage chunk with `choices: []`.
+
+    vLLM sends it because we asked (`stream_options.include_usage`). All other bytes leave as they came, in the same
+    order; the only bytes ever held back are those of an event whose end has not arrived.
+    """
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self._foreign = False
+
+    def feed(self, data: bytes) -> bytes:
+        data = self._tail + data
+        if self._foreign or b"\r\n\r\n" in data:  # not vLLM's framing: leave it all alone
+            self._foreign, self._tail = True, b""
+            return data
+        end = data.rfind(b"\n\n") + 2
+        if end == 1:
+            self._tail = data
+            return b""
+        self._tail, whole = data[end:], data[:end]
+        if b'"usage"' not in whole:
+            return whole
+        events = whole.split(b"\n\n")
+        return b"\n\n".join(event for event in events if not _usage_only(event))
+
+    def end(self) -> bytes:
+        """What was held back."""
+        tail, self._tail = self._tail, b""
+        return tail
+
+
+def _usage_only(event: bytes) -> bool:
+    if b'"usage"' not in event or b'"choices":' not in event:
+        return False
+    try:
+        body = _body.decode(event.removeprefix(b"data:"))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+    return not body.choices and body.usage is not None

@@ -1,0 +1,498 @@
+"""The hot path: one request's way through the gateway, top to bottom.
+
+authenticate → read and parse once → route → identity → arm → dress the body for the arm → ask a replica → relay
+the bytes as they come, keeping a copy → and in any case, one `Interaction` fact to the journal's queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from gateway.auth import Caller, Identity, KeyRing, Pseudonyms, TokenSigner, identify
+from gateway.metrics import Metrics
+from gateway.openai import (
+    Answer,
+    ApiError,
+    Ask,
+    Fields,
+    UsageFilter,
+    error_body,
+    parse_request,
+    read_answer,
+    read_stream,
+    with_system_prompt,
+)
+from gateway.sessions import Sessions
+from gateway.upstream import ConnectTimedOut, Refused, Replica, Timeouts, UpstreamError, in_order
+from router.arms import Choice
+from router.bandit import unit_hash
+from router.policy import Arm
+from telemetry.events import Answerer, Interaction, new_id
+from telemetry.privacy import Capture
+
+log = logging.getLogger("understudy.gateway")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+COPY_LIMIT = 4 * 1024 * 1024
+"""Bytes of an answer that are kept to be read; a longer one is relayed whole and read in part."""
+
+_NOT_RELAYED = frozenset(
+    b"connection keep-alive transfer-encoding upgrade te trailer proxy-authenticate content-length date server"
+    b" set-cookie x-request-id".split()
+)
+
+
+class Reading(Protocol):
+    """An answer that is being read: from a replica (`upstream.Reply`) or from a provider (`providers.Reply`)."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+
+    async def read(self) -> bytes: ...
+    async def read_all(self) -> bytes: ...
+    def abort(self) -> None: ...
+
+
+class AskProvider(Protocol):
+    """Asks a provider that is no OpenAI-compatible server of ours (`providers.ask`)."""
+
+    async def __call__(
+        self, endpoint: str, arm: Arm, fields: Fields, request_id: str, timeouts: Timeouts
+    ) -> Reading: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A model name that apps ask for, and who can answer it."""
+
+    name: str
+    arms: Mapping[str, Arm]
+    replicas: list[Replica]
+    timeouts: Timeouts
+
+
+@dataclass(slots=True)
+class Visit:
+    """One request while it is here: what is known so far, for the fact that it leaves."""
+
+    endpoint: str
+    headers: Mapping[bytes, bytes]
+    at: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.perf_counter)
+    request_id: str = ""
+    trace_id: str = ""
+    span_id: str = ""
+    parent_span_id: str | None = None
+    left: bool = False
+    """The client closed the connection before its answer was complete."""
+    status: int = 0
+    error: str | None = None
+    first_byte: float | None = None
+    attempts: int = 1
+    upstream: str | None = None
+    stream: bool = False
+    copy: list[bytes] = field(default_factory=list)
+    copied: int = 0
+
+    def begin_trace(self) -> None:
+        """Join the caller's trace (W3C Trace Context), or begin one."""
+        parent = self.headers.get(b"traceparent", b"").decode("latin-1").split("-")
+        if len(parent) >= 4 and len(parent[1]) == 32 and len(parent[2]) == 16 and parent[0] != "ff":
+            self.trace_id, self.parent_span_id = parent[1], parent[2]
+        else:
+            self.trace_id = os.urandom(16).hex()
+        self.span_id = os.urandom(8).hex()
+
+    def keep(self, data: bytes) -> None:
+        if self.copied < COPY_LIMIT:
+            self.copy.append(data)
+            self.copied += len(data)
+
+
+class Proxy:
+    """Serves the OpenAI endpoints that generate. Holds no state of its own but its collaborators."""
+
+    def __init__(
+        self,
+        routes: Mapping[str, Route],
+        keys: KeyRing,
+        sessions: Sessions,
+        tokens: TokenSigner,
+        pseudonyms: Pseudonyms,
+        capture: Capture,
+        metrics: Metrics,
+        journal: Callable[[Interaction], None],
+        ask_provider: AskProvider,
+        max_body: int,
+    ) -> None:
+        self.routes = routes
+        self._keys = keys
+        self._sessions = sessions
+        self._tokens = tokens
+        self._pseudonyms = pseudonyms
+        self._capture = capture
+        self._metrics = metrics
+        self._journal = journal
+        self._ask_provider = ask_provider
+        self._max_body = max_body
+
+    async def serve(self, endpoint: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; an ASGI endpoint."""
+        visit = Visit(endpoint, dict(scope["headers"]))
+        try:
+            caller = self._keys.caller(visit.headers.get(b"authorization", b""))
+            ask, fields = parse_request(await read_body(visit.headers, receive, self._max_body))
+            route, pinned = self._find(ask.model, caller)
+            who = identify(caller, visit.headers, ask, fields, self._pseudonyms)
+        except ApiError as error:
+            self._metrics.refused.labels(str(error.status)).inc()
+            await send_error(send, error)
+            return
+        except ClientLeft:
+            return
+        choice, recalled = await self._choose(route, pinned, who, ask)
+        messages = fields.get("messages") or fields.get("input") or fields.get("prompt")
+        arm = route.arms[choice.arm]
+        strip_usage = dress(fields, endpoint, ask, arm)
+        visit.begin_trace()
+        in_flight = self._metrics.in_flight.labels(route.name)
+        in_flight.inc()
+        try:
+            await self._answer(visit, route, arm, fields, who, strip_usage, receive, send)
+        finally:
+            in_flight.dec()
+            self._record(visit, route, arm, choice, recalled, who, ask, messages)
+
+    def _find(self, model: str, caller: Caller) -> tuple[Route, Choice | None]:
+        """The route that `model` names; an admin may name one arm of it as "route:arm"."""
+        route = self.routes.get(model)
+        if route is not None:
+            return route, None
+        name, _, arm = model.rpartition(":")
+        if caller.role == "admin" and name in self.routes and arm in self.routes[name].arms:
+            return self.routes[name], Choice(arm, 1.0, policy="pinned")
+        raise ApiError(
+            404,
+            f"The model `{model[:200]}` does not exist; GET /v1/models lists those that do",
+            param="model",
+            code="model_not_found",
+        )
+
+    async def _choose(self, route: Route, pinned: Choice | None, who: Identity, ask: Ask) -> tuple[Choice, bool]:
+        if pinned is not None:
+            return pinned, False
+        begun = ask.assistant_turns > 0 or ask.previous_response_id is not None
+        return await self._sessions.choose(route.name, who.tenant, who.session, begun=begun, arms=route.arms)
+
+    async def _answer(
+        self,
+        visit: Visit,
+        route: Route,
+        arm: Arm,
+        fields: Fields,
+        who: Identity,
+        strip_usage: bool,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Ask and relay, until the answer ends, the upstream fails or the client leaves."""
+        task = asyncio.current_task()
+        assert task is not None
+
+        def leave(watching: asyncio.Task[None]) -> None:
+            if not watching.cancelled():
+                visit.left = True
+                task.cancel()
+
+        watcher = asyncio.ensure_future(_client_leaves(receive))
+        watcher.add_done_callback(leave)
+        reply: Reading | None = None
+        try:
+            reply = await self._ask(visit, route, arm, fields, who)
+            headers = self._headers(visit, reply, who)
+            if _is_stream(reply):
+                visit.stream = True
+                await self._relay_stream(visit, reply, headers, UsageFilter() if strip_usage else None, watcher, send)
+            else:
+                await self._relay_whole(visit, reply, headers, watcher, send)
+        except UpstreamError as error:
+            visit.status, visit.error = error.status, error.kind
+            watcher.remove_done_callback(leave)
+            await send_error(
+                send,
+                ApiError(error.status, str(error), type="upstream_error", code=error.kind),
+                self._own(visit, who),
+            )
+        except asyncio.CancelledError:
+            if not visit.left:  # the server is being stopped
+                visit.error = visit.error or "internal"
+                raise
+            task.uncancel()
+            visit.error = "client_left"
+        except Exception:
+            visit.error = "internal"
+            raise
+        finally:
+            watcher.remove_done_callback(leave)
+            watcher.cancel()
+            if reply is not None:
+                reply.abort()
+
+    async def _ask(self, visit: Visit, route: Route, arm: Arm, fields: Fields, who: Identity) -> Reading:
+        """Ask the session's replica; if it gives no answer at all, ask one other, under a new request id."""
+        if arm.provider is not None:
+            visit.request_id = new_id()
+            visit.upstream = arm.provider
+            return await self._ask_provider(visit.endpoint, arm, fields, visit.request_id, route.timeouts)
+        body = msgspec.json.encode(fields)
+        replicas = in_order(route.replicas, unit_hash(who.tenant, who.session))[:2]
+        for replica in replicas:
+            last = replica is replicas[-1]
+            visit.request_id = new_id()
+            visit.upstream = replica.url
+            head = (
+                b"content-type: application/json\r\naccept: */*\r\nx-request-id: %b\r\ntraceparent: 00-%b-%b-01\r\n"
+                % (visit.request_id.encode(), visit.trace_id.encode(), visit.span_id.encode())
+            )
+            try:
+                reply = await replica.post(f"/v1/{visit.endpoint}", head, body, route.timeouts)
+            except (Refused, ConnectTimedOut):
+                if last:
+                    raise
+            else:
+                if last or reply.status not in (502, 503):
+                    return reply
+                reply.abort()
+            visit.attempts += 1
+            self._metrics.retries.labels(route.name).inc()
+        raise AssertionError("a route has at least one replica")
+
+    async def _relay_stream(
+        self,
+        visit: Visit,
+        reply: Reading,
+        headers: list[tuple[bytes, bytes]],
+        usage: UsageFilter | None,
+        watcher: asyncio.Task[None],
+        send: Send,
+    ) -> None:
+        """Pass on each piece as it comes. Its first piece is here already, so the head may go out."""
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        visit.status = reply.status
+        try:
+            while data := await reply.read():
+                if visit.first_byte is None:
+                    visit.first_byte = time.perf_counter() - visit.started
+                visit.keep(data)
+                if usage is not None:
+                    data = usage.feed(data)
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            rest = usage.end() if usage is not None else b""
+        except UpstreamError as error:
+            visit.error = error.kind
+            # Half an event that was held back is dropped; one that was already sent is ended by the blank line.
+            rest = (b"" if usage is not None else b"\n\n") + b"data: %b\n\n" % error_body(
+                str(error), "upstream_error", code=error.kind
+            )
+        watcher.cancel()
+        await send({"type": "http.response.body", "body": rest})
+
+    async def _relay_whole(
+        self,
+        visit: Visit,
+        reply: Reading,
+        headers: list[tuple[bytes, bytes]],
+        watcher: asyncio.Task[None],
+        send: Send,
+    ) -> None:
+        """Read all, then send: an upstream that dies in the middle still becomes a proper error."""
+        body = await reply.read_all()
+        visit.keep(body)
+        visit.first_byte = time.perf_counter() - visit.started
+        visit.status = reply.status
+        if reply.status >= 400:
+            visit.error = "upstream_error"
+        headers.append((b"content-length", b"%d" % len(body)))
+        watcher.cancel()
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _headers(self, visit: Visit, reply: Reading, who: Identity) -> list[tuple[bytes, bytes]]:
+        return [(k, v) for k, v in reply.headers if k not in _NOT_RELAYED] + self._own(visit, who)
+
+    def _own(self, visit: Visit, who: Identity) -> list[tuple[bytes, bytes]]:
+        """The headers that we add to every answer of an arm."""
+        token = self._tokens.issue(who.tenant, visit.request_id, who.user, visit.at)
+        timing = f'traceparent;desc="00-{visit.trace_id}-{visit.span_id}-01"'
+        return [
+            (b"x-request-id", visit.request_id.encode()),
+            (b"x-understudy-feedback-token", token.encode()),
+            (b"server-timing", timing.encode()),
+        ]
+
+    def _record(
+        self,
+        visit: Visit,
+        route: Route,
+        arm: Arm,
+        choice: Choice,
+        recalled: bool,
+        who: Identity,
+        ask: Ask,
+        messages: msgspec.Raw | None,
+    ) -> None:
+        """Leave the request's fact. After the last byte, whatever happened before."""
+        copy = b"".join(visit.copy)
+        answer = (read_stream(copy) if visit.stream else read_answer(copy)) if copy else Answer()
+        error = visit.error
+        if error is None and (answer.failed or (answer.unreadable and visit.copied < COPY_LIMIT)):
+            error = "upstream_error" if answer.failed else "upstream_garbage"
+        kept, redacted = self._capture.keep(messages, answer.text, answer.tool_calls)
+        said = who.metadata
+        fact = Interaction(
+            event_id=new_id(),
+            at=visit.at,
+            request_id=visit.request_id,
+            route=route.name,
+            tenant=who.tenant,
+            session=who.session,
+            answerer=Answerer(
+                arm=choice.arm,
+                model=arm.model,
+                prompt_version=arm.prompt_version or said.prompt_version,
+                policy=choice.policy,
+                snapshot=choice.snapshot,
+                segment=choice.segment,
+                propensity=choice.propensity,
+                holdout=choice.holdout,
+                recalled=recalled,
+            ),
+            endpoint=visit.endpoint,
+            response_id=answer.id,
+            trace_id=visit.trace_id,
+            span_id=visit.span_id,
+            parent_span_id=visit.parent_span_id,
+            user=who.user,
+            task_type=who.task_type,
+            task_id=said.task_id,
+            input_hash=self._pseudonyms.of(who.tenant, bytes(messages)) if messages else None,
+            turn=ask.assistant_turns,
+            knowledge_version=said.knowledge_version,
+            retrieval_ids=_ids(said.retrieval_ids),
+            country=said.country,
+            consent=said.consent,
+            stream=visit.stream,
+            status=visit.status,
+            error=error,
+            finish_reason=answer.finish_reason if error is None else "error",
+            tokens_in=answer.tokens_in,
+            tokens_out=answer.tokens_out,
+            tokens_cached=answer.tokens_cached,
+            first_byte=visit.first_byte,
+            duration=time.perf_counter() - visit.started,
+            sdk_retry=_count(visit.headers.get(b"x-stainless-retry-count")),
+            upstream=visit.upstream,
+            attempts=visit.attempts,
+            redacted=redacted,
+            messages=kept.messages,
+            answer=kept.answer,
+            tool_calls=kept.tool_calls,
+        )
+        self._journal(fact)
+        self._metrics.answered(fact)
+
+
+def dress(fields: Fields, endpoint: str, ask: Ask, arm: Arm) -> bool:
+    """Change a request's fields, in place, into those for `arm`. True if the answer's usage chunk must go again."""
+    fields["model"] = msgspec.Raw(msgspec.json.encode(arm.model))
+    for name, value in arm.params.items():
+        fields[name] = msgspec.Raw(msgspec.json.encode(value))
+    if arm.system is not None:
+        with_system_prompt(fields, endpoint, arm.system)
+    asked = ask.stream_options is not None and ask.stream_options.include_usage
+    if not ask.stream or asked or endpoint not in ("chat/completions", "completions"):
+        return False
+    options = msgspec.json.decode(fields.get("stream_options") or b"null") or {}
+    fields["stream_options"] = msgspec.Raw(msgspec.json.encode({**options, "include_usage": True}))
+    return True
+
+
+class ClientLeft(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
+    """The request's body. Raises `ApiError` 413 before more than `limit` bytes are held, and `ClientLeft`."""
+    if _count(headers.get(b"content-length")) > limit:
+        raise _too_large(limit)
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientLeft
+    body: bytes = message.get("body", b"")
+    if not message.get("more_body") and len(body) <= limit:
+        return body
+    parts, size = [body], len(body)
+    while message.get("more_body"):
+        if size > limit:
+            break
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+    if size > limit:
+        raise _too_large(limit)
+    return b"".join(parts)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {limit} bytes, the limit here (`listen.max_body`)", code="too_large")
+
+
+async def _client_leaves(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _is_stream(reply: Reading) -> bool:
+    kind = next((value for key, value in reply.headers if key == b"content-type"), b"")
+    return reply.status < 400 and kind.startswith(b"text/event-stream")
+
+
+def _count(value: bytes | None) -> int:
+    return int(value) if value is not None and value.isdigit() else 0
+
+
+def _ids(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """OpenAI's metadata holds strings only, so lists come separated by commas."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value or ()
+
+
+async def send_error(send: Send, error: ApiError, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    await send(
+        {
+            "type": "http.response.start",
+            "status": error.status,
+            "headers": [
+                (b"content-type", b"application/json"),
+                (b"content-length", b"%d" % len(error.body)),
+                *error.headers,
+                *(headers or ()),
+            ],
+        }
+    )
+    await send({"type": "http.response.body", "body": error.body})

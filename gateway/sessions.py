@@ -1,0 +1,107 @@
+"""Which arm a session has: recalled if its conversation began earlier, else drawn from the route's snapshot.
+
+The path of a request does no I/O here but one recall, and only when the request carries an earlier assistant turn
+and this worker has not seen the session; it has a short timeout and fails open (the draw is by the session's hash,
+so it mostly finds the same arm anyway). Assignments and snapshots travel in the background.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from router.arms import Choice, Snapshot
+from router.bandit import draw, unit_hash
+from router.store import Assignment, Store
+from telemetry.errors import StateError
+
+log = logging.getLogger("understudy.gateway")
+
+RECALL_TIMEOUT = 0.05
+REMEMBER_SECONDS = 86400.0
+CACHE = 100_000
+
+
+class Sessions:
+    """The arms of sessions, for one worker."""
+
+    def __init__(self, store: Store, snapshots: Mapping[str, Snapshot]) -> None:
+        self.snapshots = dict(snapshots)
+        self.store_seen = time.monotonic()
+        self.recalls_failed = 0
+        self._store = store
+        self._cache: dict[tuple[str, str], Choice] = {}
+        self._new: list[Assignment] = []
+        self._threads = ThreadPoolExecutor(4, "store")
+
+    async def choose(
+        self, route: str, tenant: str, session: str, *, begun: bool, arms: Mapping[str, object]
+    ) -> tuple[Choice, bool]:
+        """The session's arm on `route`, and whether it was recalled. `begun`: the request has an earlier answer."""
+        key = (route, f"{tenant}/{session}")
+        choice = self._cache.get(key)
+        if choice is None and begun:
+            choice = await self._recall(*key)
+        if choice is not None and choice.arm in arms:
+            self._keep(key, choice)
+            return choice, True
+        choice = draw(self.snapshots[route], unit_hash(*key))
+        self._keep(key, choice)
+        self._new.append((*key, choice))
+        return choice, False
+
+    def _keep(self, key: tuple[str, str], choice: Choice) -> None:
+        if key not in self._cache and len(self._cache) >= CACHE:
+            del self._cache[next(iter(self._cache))]
+        self._cache[key] = choice
+
+    async def _recall(self, route: str, session: str) -> Choice | None:
+        loop = asyncio.get_running_loop()
+        try:
+            recalling = loop.run_in_executor(self._threads, self._store.recall, route, session, time.time())
+            return await asyncio.wait_for(recalling, RECALL_TIMEOUT)
+        except (StateError, TimeoutError):
+            self.recalls_failed += 1
+            return None
+
+    async def refresh(self, routes: Mapping[str, float], also: Callable[[Store], None]) -> None:
+        """For ever: pull snapshots (each `routes[name]` seconds), push new assignments, call `also` in a thread."""
+        loop = asyncio.get_running_loop()
+        pause = min(routes.values(), default=1.0)
+        complained = False
+        while True:
+            new, self._new = self._new, []
+            try:
+                pulled = await loop.run_in_executor(self._threads, self._exchange, list(routes), new, also)
+                self.snapshots.update(pulled)
+                self.store_seen = time.monotonic()
+                complained = False
+            except StateError as error:
+                self._new = (new + self._new)[-CACHE:]
+                if not complained:
+                    log.warning("%s; serving from the last weights", error)
+                complained = True
+            await asyncio.sleep(pause)
+
+    def _exchange(self, routes: list[str], new: list[Assignment], also: Callable[[Store], None]) -> dict[str, Snapshot]:
+        if new:
+            self._store.assign(new, REMEMBER_SECONDS, time.time())
+        also(self._store)
+        pulled = {name: self._store.snapshot(name) for name in routes}
+        return {
+            name: snapshot
+            for name, snapshot in pulled.items()
+            if snapshot is not None and snapshot.version != self.snapshots[name].version
+        }
+
+    def close(self) -> None:
+        """Push what is left."""
+        if self._new:
+            try:
+                self._store.assign(self._new, REMEMBER_SECONDS, time.time())
+            except StateError as error:
+                log.warning("%d session assignments were not stored: %s", len(self._new), error)
+        self._threads.shutdown(wait=False)

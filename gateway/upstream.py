@@ -1,0 +1,365 @@
+"""Our HTTP/1.1 client: an asyncio protocol over httptools with a pool of connections for each replica.
+
+A request's way: `Replica.post` → a connection from the pool (or a new one) → bytes written → `Reply` with the
+status and headers once the first piece of the body (or its end) is here → `read` until b"" → back to the pool.
+
+Whatever goes wrong is one of four `UpstreamError`s, and each says whether the upstream can have begun to work.
+A pooled connection that the upstream closed while it lay idle is replaced once, silently: nothing was answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import httptools
+
+HIGH_WATER = 256 * 1024
+"""Bytes of a body that wait for the client before we stop reading from the upstream."""
+IDLE_SECONDS = 30.0
+"""A pooled connection older than this is not used again (vLLM's uvicorn closes them after 5 s; both may race)."""
+HEAD_LIMIT = 64 * 1024
+
+
+class UpstreamError(Exception):
+    """The upstream did not answer properly. `kind` as in `Interaction.error`; `status` for the client."""
+
+    kind = "upstream_refused"
+    status = 502
+
+
+class Refused(UpstreamError):
+    """No connection, or closed before any byte of an answer."""
+
+
+class TimedOut(UpstreamError):
+    kind = "upstream_timeout"
+    status = 504
+
+
+class ConnectTimedOut(TimedOut):
+    """Not even a connection: the request was not sent."""
+
+
+class Cut(UpstreamError):
+    """The answer ended before its end."""
+
+    kind = "upstream_cut"
+
+
+class Garbage(UpstreamError):
+    """Not HTTP."""
+
+    kind = "upstream_garbage"
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds: to connect; from the request to the first byte of the answer's body; between its bytes."""
+
+    connect: float = 2.0
+    first_byte: float = 60.0
+    idle: float = 60.0
+
+
+class _Connection(asyncio.Protocol):
+    """One connection; it carries one exchange at a time."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.closed = False
+        self.used = 0
+        self.idle_since = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Ready for another exchange."""
+        self._parser = httptools.HttpResponseParser(self)
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.body: deque[bytes] = deque()
+        self.buffered = 0
+        self.seen = 0
+        self.head_done = False
+        self.complete = False
+        self.reusable = False
+        self.failure: UpstreamError | None = None
+        self._paused = False
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self.complete:  # bytes after the end of an answer: nothing we asked for
+            self.abort()
+            return
+        self.seen += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.failure = Garbage(f"the upstream's answer is not HTTP: {error}")
+            self.abort()
+        if not self.head_done and self.seen > HEAD_LIMIT:
+            self.failure = Garbage(f"the upstream's headers exceed {HEAD_LIMIT} bytes")
+            self.abort()
+        if self.buffered > HIGH_WATER and not self._paused and self.transport is not None:
+            self._paused = True
+            self.transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed = True
+        if self.head_done and not self.complete and self._ends_at_close:
+            self.complete = True
+        self._wake()
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def pause_writing(self) -> None:
+        self._drained = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        self._drained = None
+
+    # httptools
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        if self._parser.get_status_code() < 200:  # 100 Continue and its kin announce the real answer
+            self.headers = []
+            return
+        self.head_done = True
+        self.status = self._parser.get_status_code()
+        names = {name for name, _ in self.headers}
+        self._ends_at_close = b"content-length" not in names and b"transfer-encoding" not in names
+
+    def on_body(self, data: bytes) -> None:
+        self.body.append(data)
+        self.buffered += len(data)
+
+    def on_message_complete(self) -> None:
+        if self.head_done:
+            self.complete = True
+            self.reusable = self._parser.should_keep_alive()
+
+    # The exchange
+
+    async def send(self, data: bytes) -> None:
+        assert self.transport is not None
+        self.transport.write(data)
+        if self._drained is not None:
+            await self._drained
+
+    async def wait(self, timeout: float) -> bool:
+        """Until there is a piece of body, or the end. False if `timeout` s passed without."""
+        deadline = self._loop.time() + timeout
+        while not (self.head_done and self.body) and not self.complete and not self.closed:
+            self._waiter = self._loop.create_future()
+            timer = self._loop.call_at(deadline, self._wake)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+            if self._loop.time() >= deadline and not self.body and not self.complete and not self.closed:
+                return False
+        return True
+
+    def take(self) -> bytes:
+        data = self.body[0] if len(self.body) == 1 else b"".join(self.body)
+        self.body.clear()
+        self.buffered = 0
+        if self._paused and self.transport is not None and not self.closed:
+            self._paused = False
+            self.transport.resume_reading()
+        return data
+
+    def abort(self) -> None:
+        self.closed = True
+        if self.transport is not None:
+            self.transport.abort()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Reply:
+    """An upstream's answer whose head is here. `read` it to the end, or `abort` it: that stops the generation."""
+
+    def __init__(self, connection: _Connection, replica: Replica, timeouts: Timeouts) -> None:
+        self.status: int = connection.status
+        self.headers = connection.headers
+        self._connection = connection
+        self._replica = replica
+        self._timeouts = timeouts
+        self._done = False
+
+    def header(self, name: bytes) -> bytes | None:
+        return next((value for key, value in self.headers if key == name), None)
+
+    async def read(self) -> bytes:
+        """The next piece of the body as it came; b"" at its end. Raises `Cut`, `TimedOut` or `Garbage`."""
+        connection = self._connection
+        if not connection.body and not connection.complete and not connection.closed:
+            if not await connection.wait(self._timeouts.idle):
+                self.abort()
+                raise TimedOut(f"the upstream was silent for {self._timeouts.idle:g} s in the middle of its answer")
+        if connection.body:
+            return connection.take()
+        if not connection.complete:
+            self.abort()
+            raise connection.failure or Cut("the upstream closed the connection in the middle of its answer")
+        if not self._done:
+            self._done = True
+            self._replica.give_back(connection)
+        return b""
+
+    async def read_all(self) -> bytes:
+        parts = []
+        while data := await self.read():
+            parts.append(data)
+        return b"".join(parts)
+
+    def abort(self) -> None:
+        """Drop the connection unless the answer was read to its end."""
+        if not self._done:
+            self._done = True
+            self._connection.abort()
+            self._replica.in_flight -= 1
+
+
+@dataclass
+class Replica:
+    """One vLLM server and its pool of connections. Belongs to one event loop."""
+
+    url: str
+    api_key: str | None = None
+    in_flight: int = 0
+    failures: int = 0
+    down_until: float = 0.0
+    """Loop time before which it is tried last: it refused connections."""
+    _idle: list[_Connection] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        self._host = parts.hostname or ""
+        self._tls = parts.scheme == "https"
+        self._port = parts.port or (443 if self._tls else 80)
+        self._base = parts.path.rstrip("/")
+        self._ssl = ssl.create_default_context() if self._tls else None
+        authorization = f"authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
+        self._fixed = f"host: {parts.netloc.rsplit('@', 1)[-1]}\r\n{authorization}".encode("latin-1")
+
+    @property
+    def is_down(self) -> bool:
+        return time.monotonic() < self.down_until
+
+    async def post(self, path: str, headers: bytes, body: bytes, timeouts: Timeouts) -> Reply:
+        """Send a request; return when the head and the first piece of the body are here. Raises `UpstreamError`.
+
+        `headers`: whole lines, each ended by CRLF; host, authorization and content-length are added here.
+        """
+        head = b"POST %b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % (
+            (self._base + path).encode("latin-1"), self._fixed, headers, len(body),
+        )  # fmt: skip
+        return await self._exchange(head + body, timeouts)
+
+    async def get(self, path: str, timeouts: Timeouts) -> Reply:
+        head = b"GET %b HTTP/1.1\r\n%b\r\n" % ((self._base + path).encode("latin-1"), self._fixed)
+        return await self._exchange(head, timeouts)
+
+    async def _exchange(self, data: bytes, timeouts: Timeouts) -> Reply:
+        self.in_flight += 1
+        connection: _Connection | None = None
+        try:
+            while True:
+                connection = self._pooled() or await self._connect(timeouts.connect)
+                fresh = connection.used == 0
+                connection.used += 1
+                await connection.send(data)
+                if not await connection.wait(timeouts.first_byte):
+                    raise TimedOut(f"{self.url} sent no byte of an answer within {timeouts.first_byte:g} s")
+                if connection.head_done and (connection.body or connection.complete):
+                    self.failures = 0
+                    return Reply(connection, self, timeouts)
+                if connection.failure is not None:
+                    raise connection.failure
+                if connection.seen or fresh:
+                    raise Refused(f"{self.url} closed the connection without an answer")
+        except BaseException:
+            self.in_flight -= 1
+            if connection is not None:
+                connection.abort()
+            raise
+
+    def _pooled(self) -> _Connection | None:
+        now = time.monotonic()
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.closed and now - connection.idle_since < IDLE_SECONDS:
+                connection.begin()
+                return connection
+            connection.abort()
+        return None
+
+    async def _connect(self, timeout: float) -> _Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(timeout):
+                _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._ssl)
+        except TimeoutError:
+            self._failed()
+            raise ConnectTimedOut(f"{self.url} accepted no connection within {timeout:g} s") from None
+        except OSError as error:
+            self._failed()
+            raise Refused(f"{self.url} cannot be reached: {error.strerror or error}") from None
+        return connection
+
+    def _failed(self) -> None:
+        """Back off: 0.5 s, 1 s, 2 s … 8 s before this replica is tried before others again."""
+        self.failures += 1
+        self.down_until = time.monotonic() + min(8.0, 0.25 * 2**self.failures)
+
+    def give_back(self, connection: _Connection) -> None:
+        self.in_flight -= 1
+        if connection.reusable and not connection.closed and len(self._idle) < 256:
+            connection.idle_since = time.monotonic()
+            self._idle.append(connection)
+        else:
+            connection.abort()
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.abort()
+        self._idle.clear()
+
+
+def in_order(replicas: list[Replica], u: float) -> list[Replica]:
+    """Whom to ask first, second, …: the session's own (its prefix cache is warm), those that are down last.
+
+    `u` in [0, 1) is the session's hash. A session leaves its replica while that one is much busier than the least.
+    """
+    if len(replicas) == 1:
+        return replicas
+    start = int(u * len(replicas))
+    ring = replicas[start:] + replicas[:start]
+    busy = 2 * min(r.in_flight for r in replicas) + 8
+    return sorted(ring, key=lambda r: (r.is_down, r.in_flight > busy))

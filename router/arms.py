@@ -1,0 +1,49 @@
+"""What the router is asked and what it answers."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """The weights of every arm of a route, as the controller published them; gateways draw from nothing else."""
+
+    route: str
+    version: int
+    at: float
+    policy: str
+    holdout: float
+    """Share of sessions that draw uniformly, for ever, whatever the weights."""
+    segments: dict[str, dict[str, float]]
+    """Segment → arm → weight; weights of a segment sum to 1. Segment "" is every session."""
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """The arm that a session drew, and with what probability it had been drawn."""
+
+    arm: str
+    propensity: float
+    snapshot: int = 0
+    segment: str = ""
+    holdout: bool = False
+    policy: str = ""
+
+
+class Cell(msgspec.Struct, frozen=True, order=True):
+    """Where a reward is counted."""
+
+    segment: str
+    arm: str
+    bucket: int
+    """Start of the time bucket, Unix seconds."""
+
+
+class Sums(msgspec.Struct, frozen=True):
+    """Σw, Σwr and Σwr² of session rewards r in [0, 1] with weights w."""
+
+    n: float = 0.0
+    s: float = 0.0
+    ss: float = 0.0
+
+    def plus(self, other: Sums, times: float = 1.0) -> Sums:
+        return Sums(self.n + times * other.n, self.s + times * other.s, self.ss + times * other.ss)

@@ -1,0 +1,160 @@
+"""The controller: the one writer that turns journaled facts into rewards, rewards into weights.
+
+    facts → sessions they touch → each session's reward → change of its contribution → sums → weights → snapshot
+
+It keeps nothing in memory that matters. A session's reward is always computed anew from all of its facts and
+applied under the sequence number of the newest one, so facts may come late, in any order, twice, or after a
+restart in the middle, and count once. If the store was emptied, the mark is gone with it, and the journal is read
+again from the start.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from router.arms import Snapshot
+from router.bandit import discounted, thompson_weights
+from router.policy import Arm, Reward, Split, Thompson
+from router.reward import session_reward
+from router.store import Store
+from telemetry.errors import Fenced, StateError
+from telemetry.events import Fact, Interaction
+from telemetry.journal import Journal
+from telemetry.signals import regenerated
+
+log = logging.getLogger("understudy.controller")
+
+LEASE_SECONDS = 4.0
+BATCH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class RoutePlan:
+    """What the controller needs to know of a route."""
+
+    name: str
+    arms: Mapping[str, Arm]
+    policy: Thompson | Split
+    reward: Reward
+
+
+class Controller:
+    """`run` until stopped; `step` is one round. Never two at once on a store: the second waits for the lease."""
+
+    def __init__(self, routes: Iterable[RoutePlan], journal: Journal, store: Store, owner: str) -> None:
+        self.routes = {route.name: route for route in routes}
+        self._journal = journal
+        self._store = store
+        self._owner = owner
+
+    def run(self, stopping: threading.Event) -> None:
+        """Work until `stopping` is set, waiting a policy's refresh between rounds; outlives any outage of the store."""
+        refresh = min((route.policy.refresh for route in self.routes.values()), default=1.0)
+        complained = ""
+        while not stopping.is_set():
+            try:
+                more = self.step(time.time())
+                complained = ""
+            except (StateError, Fenced) as error:
+                more = False
+                if str(error) != complained:
+                    log.warning("%s; trying again", error)
+                complained = str(error)
+            if not more:
+                stopping.wait(refresh)
+        try:
+            self._store.release(self._owner)
+        except StateError as error:
+            log.warning("the lease was not given back: %s", error)
+
+    def step(self, now: float) -> bool:
+        """Take in at most a batch of new facts and publish what follows. True if more facts are waiting."""
+        lease = self._store.lease(self._owner, LEASE_SECONDS, now)
+        if lease is None:
+            return False
+        read = self._store.marked("journal")
+        if read > self._journal.last():
+            read = 0  # another journal than the one this mark was made on
+        facts = self._journal.read(read, BATCH)
+        if facts:
+            self._hear(fact for _, fact in facts)
+            for tenant, session in self._touched(fact for _, fact in facts):
+                self._settle(tenant, session, lease.token)
+        for route in self.routes.values():
+            self._publish(route, now, lease.token)
+        if facts:
+            self._store.mark("journal", facts[-1][0], lease.token)
+        return len(facts) == BATCH
+
+    def _hear(self, facts: Iterable[Fact]) -> None:
+        """Journal the signals that new requests give about earlier answers."""
+        for fact in facts:
+            if isinstance(fact, Interaction):
+                earlier = [i for _, i in self._journal.interactions_of(fact.tenant, fact.session)]
+                signal = regenerated([i for i in earlier if i.route == fact.route], fact)
+                if signal is not None and not self._journal.has_event(signal.event_id):
+                    self._journal.append([signal])
+
+    def _touched(self, facts: Iterable[Fact]) -> list[tuple[str, str]]:
+        """The sessions whose reward may have changed; a signal whose answer is not known yet touches none."""
+        sessions: dict[tuple[str, str], None] = {}
+        for fact in facts:
+            about = [fact] if isinstance(fact, Interaction) else [i for _, i in self._journal.answers(fact)]
+            sessions.update({(i.tenant, i.session): None for i in about})
+        return list(sessions)
+
+    def _settle(self, tenant: str, session: str, token: int) -> None:
+        """Bring a session's contribution to each route's sums up to date."""
+        kept = self._journal.interactions_of(tenant, session)
+        signals = self._journal.signals_about([i for _, i in kept])
+        for name in {i.route for _, i in kept} & self.routes.keys():
+            interactions = [(seq, i) for seq, i in kept if i.route == name]
+            revision = max(seq for seq, _ in (*interactions, *signals))
+            reward = session_reward(
+                [i for _, i in interactions], [s for _, s in signals], self.routes[name].reward.signals
+            )
+            contribution = reward.contribution() if reward else {}
+            self._store.apply(name, f"{tenant}/{session}", revision, contribution, token)
+
+    def _publish(self, route: RoutePlan, now: float, token: int) -> None:
+        """Publish the route's weights if they moved."""
+        weights = self.weights(route, now)
+        holdout = route.policy.holdout if isinstance(route.policy, Thompson) else 0.0
+        current = self._store.snapshot(route.name)
+        if (
+            current is not None
+            and current.policy == route.policy.kind
+            and current.holdout == holdout
+            and _close(current.segments.get("", {}), weights)
+        ):
+            return
+        version = (current.version if current else 0) + 1
+        self._store.publish(Snapshot(route.name, version, now, route.policy.kind, holdout, {"": weights}), token)
+
+    def weights(self, route: RoutePlan, now: float) -> dict[str, float]:
+        """The share of new sessions that each arm should get now."""
+        if isinstance(route.policy, Split):
+            return {arm: route.policy.shares.get(arm, 0.0) for arm in route.arms}
+        policy = route.policy
+        sums = discounted(self._store.sums(route.name), "", now, policy.half_life)
+        return thompson_weights(
+            list(route.arms), sums, mean=policy.prior.mean, mass=policy.prior.mass, floor=policy.floor
+        )
+
+
+def _close(old: Mapping[str, float], new: Mapping[str, float]) -> bool:
+    """No weight moved by a thousandth: not worth a new version."""
+    return old.keys() == new.keys() and all(abs(old[arm] - new[arm]) < 1e-3 for arm in new)
+
+
+def initial_snapshot(route: RoutePlan, now: float) -> Snapshot:
+    """What a gateway draws from until the controller has published: the policy without any evidence."""
+    if isinstance(route.policy, Split):
+        weights = {arm: route.policy.shares.get(arm, 0.0) for arm in route.arms}
+        return Snapshot(route.name, 0, now, "split", 0.0, {"": weights})
+    even = {arm: 1.0 / len(route.arms) for arm in route.arms}
+    return Snapshot(route.name, 0, now, "thompson", route.policy.holdout, {"": even})

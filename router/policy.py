@@ -1,0 +1,284 @@
+"""What an operator writes about routing: arms, the policy that picks one, rewards, rollout and learner.
+
+Only shapes and their checks. Every model is frozen, knows no unknown key, and says in its message what to do:
+a message reads `what is wrong; what to write instead`. Durations become float seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from itertools import pairwise
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|[smhdw])?\s*")
+SHARE_TOLERANCE = 1e-6
+
+
+def seconds(value: object) -> float:
+    """Seconds of "500ms", "30s", "10m", "1h", "7d", "2w" or a plain number of seconds.
+
+    Raises ValueError on anything else, negative and endless spans among them.
+    """
+    number, unit = value, 1.0
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value)
+        number, unit = (match[1], _UNITS[match[2] or "s"]) if match else (None, 1.0)
+    if isinstance(number, str | int | float) and not isinstance(number, bool):
+        try:
+            span = float(number) * unit
+        except OverflowError:
+            span = math.inf
+        if 0 <= span < math.inf:
+            return span
+    raise ValueError('not a duration; write one like "500ms", "30s", "10m", "1h" or "7d", or a number of seconds')
+
+
+def _positive(span: float) -> float:
+    if span > 0:
+        return span
+    raise ValueError('must be longer than 0; write a duration like "30s", "10m" or "7d"')
+
+
+def _times(value: object) -> object:
+    """1.5 of "1.5x"."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*x?\s*", value)
+        if not match:
+            raise ValueError('not a factor; write one like "1.5x"')
+        return float(match[1])
+    return value
+
+
+def _signal_kind(kind: str) -> str:
+    if kind in DEFAULT_SIGNALS:
+        return kind
+    near = difflib.get_close_matches(kind.lower(), DEFAULT_SIGNALS, 1, 0.5)
+    hint = f'did you mean "{near[0]}"?' if near else f"the kinds are {', '.join(DEFAULT_SIGNALS)}"
+    raise ValueError(f"unknown signal; {hint}")
+
+
+def _name(name: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]*", name):
+        return name
+    raise ValueError("not a usable name; start with a letter or digit and use only letters, digits and . _ : / @ + -")
+
+
+def fault(text: str, *at: str) -> PydanticCustomError:
+    """An error to raise in a model's validator about the key at `at` below that model."""
+    return PydanticCustomError("config", "{text}", {"text": text, "at": at})
+
+
+class FrozenDict(dict[K, V]):
+    """A dict that cannot be changed; copies, pickles and encodes as a dict does."""
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("configuration is immutable; build a new one with model_copy or load")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[type[FrozenDict[K, V]], tuple[dict[K, V]]]:
+        return type(self), (dict(self),)
+
+
+# What a person says outright counts most; what is only inferred from behaviour counts less.
+DEFAULT_SIGNALS: dict[str, float] = FrozenDict(
+    {
+        "thumb": 1.0,
+        "rating": 1.0,
+        "copy": 0.3,
+        "accept": 0.5,
+        "edit": -0.4,
+        "correction": -0.6,
+        "flag": -1.0,
+        "regenerate": -0.6,
+        "retry": -0.6,
+        "abandon": -0.3,
+        "escalation": -0.6,
+    }
+)
+
+FrozenMap = Annotated[dict[K, V], AfterValidator(FrozenDict)]
+Duration = Annotated[float, BeforeValidator(seconds, json_schema_input_type=str | float)]
+PositiveDuration = Annotated[Duration, AfterValidator(_positive)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=-1, le=1)]
+Factor = Annotated[float, Field(gt=1), BeforeValidator(_times, json_schema_input_type=str | float)]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, AfterValidator(_name)]
+SignalKind = Annotated[str, AfterValidator(_signal_kind)]
+
+
+class Written(BaseModel):
+    """Base of everything an operator writes."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+    )
+
+
+class Arm(Written):
+    """One candidate answerer on a route: a model version × a prompt version × parameters."""
+
+    model: Text = Field(description="The model's name at the upstream (or at the provider).")
+    provider: Text | None = Field(
+        None, description='litellm provider prefix such as "openai"; null means the route\'s own upstreams.'
+    )
+    api_key: Text | None = Field(None, repr=False, description="Key for the provider; write it as ${NAME}.")
+    api_base: Text | None = Field(None, description="Base URL of the provider where it is not the usual one.")
+    system: str | None = Field(None, description="System prompt that replaces the app's leading system message.")
+    prompt_version: Text | None = Field(None, description="Name under which this arm's prompt is reported.")
+    params: FrozenMap[str, Any] = Field(
+        default={}, description="Request fields that override the app's, such as temperature or max_tokens."
+    )
+
+    @field_validator("params")
+    @classmethod
+    def _params_leave_the_request_whole(cls, params: dict[str, Any]) -> dict[str, Any]:
+        for key, instead in {
+            "model": "write it as the arm's own model",
+            "messages": "set system to change the prompt",
+            "stream": "the app decides whether to stream",
+        }.items():
+            if key in params:
+                raise fault(f"cannot be overridden; {instead}", key)
+        return params
+
+    @model_validator(mode="after")
+    def _provider_fields_need_a_provider(self) -> Arm:
+        for key in ("api_key", "api_base"):
+            if self.provider is None and getattr(self, key) is not None:
+                raise fault("needs a provider; set provider beside it, or put url and api_key under upstreams", key)
+        return self
+
+
+class Prior(Written):
+    """What is believed of an arm before it was heard."""
+
+    mean: float = Field(0.5, gt=0, lt=1, description="Reward expected of an arm nobody has judged, between 0 and 1.")
+    mass: float = Field(20.0, gt=0, description="How many sessions that belief is worth.")
+
+
+class Thompson(Written):
+    """Draw each arm with the probability that it is the best one."""
+
+    kind: Literal["thompson"] = Field("thompson", description="Learn the shares from rewards.")
+    unit: Literal["session"] = Field("session", description="What is assigned to an arm and rewarded as one.")
+    segment_by: Literal["task_type", "tenant"] | None = Field(
+        None, description="Learn each task type's or tenant's shares apart, pooled with its siblings."
+    )
+    half_life: PositiveDuration = Field(7 * 86400.0, description="Age at which a reward counts half.")
+    refresh: PositiveDuration = Field(1.0, description="How often new weights are published.")
+    floor: Fraction = Field(0.02, description="Smallest share of any arm, so that each goes on being measured.")
+    holdout: float = Field(
+        0.05, ge=0, lt=1, description="Share of sessions drawn evenly over the arms, to compare against."
+    )
+    prior: Prior = Field(default_factory=Prior, description="Belief about an arm before evidence.")
+
+
+class Split(Written):
+    """Fixed shares, for an A/B test."""
+
+    kind: Literal["split"] = Field(description="Keep the shares as written.")
+    shares: FrozenMap[str, Fraction] = Field(
+        description="Share of sessions of each arm by name; they sum to 1, and an arm left out gets none."
+    )
+    unit: Literal["session"] = Field("session", description="What is assigned to an arm and rewarded as one.")
+    refresh: PositiveDuration = Field(1.0, description="How often new weights are published.")
+
+    @field_validator("shares")
+    @classmethod
+    def _shares_sum_to_one(cls, shares: dict[str, float]) -> dict[str, float]:
+        total = math.fsum(shares.values())
+        if abs(total - 1) > SHARE_TOLERANCE:
+            raise ValueError(f"the shares sum to {total:.7g}; make them sum to 1")
+        return shares
+
+
+Policy = Annotated[Thompson | Split, Field(discriminator="kind")]
+
+
+class Reward(Written):
+    """How a session's signals and outcome become one number."""
+
+    window: PositiveDuration = Field(600.0, description="How long after its last answer a session still hears signals.")
+    signals: FrozenMap[SignalKind, Weight] = Field(
+        default=dict(DEFAULT_SIGNALS),
+        description="Weight of each signal kind, -1 (bad) to 1 (good). Written, it replaces the whole table: "
+        "a kind left out does not count.",
+    )
+    outcome: Text | None = Field(None, description="Name of the business outcome that decides a session's reward.")
+
+
+class Stage(Written):
+    """One step of a rollout."""
+
+    share: float = Field(gt=0, le=1, description="Share of sessions the challenger gets.")
+    min_sessions: int = Field(200, ge=0, description="Rewarded sessions to see before the next step.")
+    min_time: Duration = Field(3600.0, description="Time to spend before the next step.")
+
+
+class Guardrail(Written):
+    """A limit that stops a rollout at once."""
+
+    metric: Literal["error_rate", "latency_p50", "latency_p95", "latency_p99"] = Field(description="What is watched.")
+    worse_by: Factor | None = Field(None, description='Trip when this many times the control\'s, such as "1.5x".')
+    above: Duration | None = Field(None, description="Trip above this: seconds of a latency, fraction of a rate.")
+    action: Literal["rollback", "pause"] = Field(description="What to do when it trips.")
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> Guardrail:
+        if self.worse_by is None and self.above is None:
+            raise ValueError('has no limit; add worse_by (such as "1.5x") or above (such as "2s")')
+        return self
+
+
+class Rollout(Written):
+    """How a challenger earns traffic."""
+
+    stages: tuple[Stage, ...] = Field(
+        (Stage(share=0.05), Stage(share=0.2), Stage(share=0.5), Stage(share=1.0)),
+        min_length=1,
+        description="Steps with rising shares.",
+    )
+    alpha: float = Field(0.05, gt=0, lt=1, description="Chance of a wrong decision that is accepted.")
+    margin: float = Field(0.02, ge=0, lt=1, description="Loss of reward that is too small to matter.")
+    guardrails: tuple[Guardrail, ...] = Field((), description="Limits that stop a rollout at once.")
+
+    @field_validator("stages")
+    @classmethod
+    def _shares_rise(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        for place, (before, after) in enumerate(pairwise(stages), 1):
+            if after.share <= before.share:
+                raise fault(f"does not rise; make it more than the {before.share:g} before it", str(place), "share")
+        return stages
+
+
+class Learner(Written):
+    """How challengers are trained."""
+
+    base: Text = Field(description="The model that adapters are trained on: a folder or a hub name.")
+    min_pairs: int = Field(500, ge=1, description="Preference pairs to gather before training.")
+    every: PositiveDuration = Field(7 * 86400.0, description="Longest time between trainings.")
+    gate: FrozenMap[str, Any] = Field(default={}, description="What a challenger must pass before any user meets it.")

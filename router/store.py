@@ -1,0 +1,100 @@
+"""Where the router's state is kept: one interface, two implementations (`store_sqlite`, `store_redis`).
+
+Everything here can be recomputed from the journal; the store is its cache. All methods are synchronous, raise
+`StateError`s, and may be called from several threads. Writes of the controller carry the token of its lease and
+raise `Fenced` once a newer one has written, so that two controllers never both write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from router.arms import Cell, Choice, Snapshot, Sums
+
+
+class ApiKey(msgspec.Struct, frozen=True):
+    """An API key as it is kept: its SHA-256, never itself."""
+
+    id: str
+    digest: str
+    tenant: str
+    role: str = "app"
+    """`app` or `admin`."""
+    created: float = 0.0
+    revoked: bool = False
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """Who is the controller, and until when."""
+
+    owner: str
+    token: int
+    expires: float
+
+
+Assignment = tuple[str, str, Choice]
+"""Route, session, and the arm it drew."""
+
+
+class Store(Protocol):
+    """State of all routes."""
+
+    def close(self) -> None: ...
+
+    def ping(self) -> None:
+        """Raise `StateError` if the store cannot be used now."""
+
+    # What the controller writes.
+
+    def lease(self, owner: str, seconds: float, now: float) -> Lease | None:
+        """Take or renew the one controller's lease; None while another owner holds it."""
+
+    def release(self, owner: str) -> None:
+        """Give the lease back, so that another need not wait for its end."""
+
+    def holder(self) -> Lease | None:
+        """The lease last given, which may have ended."""
+
+    def apply(self, route: str, session: str, revision: int, contribution: Mapping[Cell, Sums], token: int) -> bool:
+        """Replace what `session` contributes to the sums, atomically; False if this revision is not newer."""
+
+    def sums(self, route: str) -> dict[Cell, Sums]:
+        """All cells of a route."""
+
+    def publish(self, snapshot: Snapshot, token: int) -> None: ...
+
+    def mark(self, name: str, value: int, token: int) -> None:
+        """Remember how far the controller has read."""
+
+    def marked(self, name: str) -> int: ...
+
+    # What gateways read and write.
+
+    def snapshot(self, route: str) -> Snapshot | None: ...
+
+    def assign(self, assignments: Sequence[Assignment], seconds: float, now: float) -> None:
+        """Remember sessions' arms for `seconds`."""
+
+    def recall(self, route: str, session: str, now: float) -> Choice | None: ...
+
+    # Keys of apps.
+
+    def put_key(self, key: ApiKey) -> None: ...
+
+    def keys(self) -> list[ApiKey]: ...
+
+    def secret(self, name: str, fresh: bytes) -> bytes:
+        """The secret kept under `name`; `fresh` becomes it if there is none yet."""
+
+
+def dump_cells(cells: Mapping[Cell, Sums]) -> bytes:
+    """Cells as JSON rows [segment, arm, bucket, n, s, ss], sorted, numbers exact."""
+    return msgspec.json.encode([[c.segment, c.arm, c.bucket, v.n, v.s, v.ss] for c, v in sorted(cells.items())])
+
+
+def load_cells(body: bytes) -> dict[Cell, Sums]:
+    rows = msgspec.json.decode(body, type=list[tuple[str, str, int, float, float, float]])
+    return {Cell(segment, arm, bucket): Sums(n, s, ss) for segment, arm, bucket, n, s, ss in rows}

@@ -1,0 +1,184 @@
+"""The store in Redis, for gateways on several machines.
+
+Keys carry the route as a hash tag (`understudy:{assistant}:sums`), so that each script's keys lie in one slot of
+a Redis Cluster. Every change that reads first is one Lua script: atomic, and safe to repeat. Numbers travel as
+strings because Lua would cut doubles to 14 digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import redis
+
+from router.arms import Cell, Choice, Snapshot, Sums
+from router.store import ApiKey, Assignment, Lease
+from telemetry.errors import Fenced, StateUnavailable
+
+_LEASE = """
+-- KEYS: lease hash. ARGV: owner, seconds, now. Returns {token, expires} or nil while another holds it.
+local held = redis.call('HMGET', KEYS[1], 'owner', 'token', 'expires')
+local owner, token, expires = held[1] or '', tonumber(held[2] or '0'), tonumber(held[3] or '0')
+if owner ~= ARGV[1] and owner ~= '' and tonumber(ARGV[3]) < expires then return nil end
+if owner ~= ARGV[1] then token = token + 1 end
+local ends = string.format('%.6f', tonumber(ARGV[3]) + tonumber(ARGV[2]))
+redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'token', token, 'expires', ends)
+return {tostring(token), ends}
+"""
+
+_RELEASE = """
+if redis.call('HGET', KEYS[1], 'owner') == ARGV[1] then redis.call('HSET', KEYS[1], 'owner', '', 'expires', '0') end
+"""
+
+_FENCE = """
+-- The fence is the newest token that wrote to this slot.
+local newest = tonumber(redis.call('GET', KEYS[1]) or '0')
+if tonumber(ARGV[1]) < newest then return -1 end
+if tonumber(ARGV[1]) > newest then redis.call('SET', KEYS[1], ARGV[1]) end
+"""
+
+_APPLY = (
+    _FENCE
+    + """
+-- KEYS: fence, sums hash, session hash. ARGV: token, revision, rows of {field, number as string} as JSON.
+local kept = redis.call('HMGET', KEYS[3], 'revision', 'cells')
+if kept[1] and tonumber(kept[1]) >= tonumber(ARGV[2]) then return 0 end
+local function add(rows, negate)
+  for _, row in ipairs(cjson.decode(rows)) do
+    local number = row[2]
+    if negate then
+      if string.sub(number, 1, 1) == '-' then number = string.sub(number, 2) else number = '-' .. number end
+    end
+    redis.call('HINCRBYFLOAT', KEYS[2], row[1], number)
+  end
+end
+if kept[2] then add(kept[2], true) end
+add(ARGV[3], false)
+redis.call('HSET', KEYS[3], 'revision', ARGV[2], 'cells', ARGV[3])
+return 1
+"""
+)
+
+_SET = _FENCE + "redis.call('SET', KEYS[2], ARGV[2]) return 1"
+
+_choice = msgspec.json.Decoder(Choice)
+_snapshot = msgspec.json.Decoder(Snapshot)
+_key = msgspec.json.Decoder(ApiKey)
+
+
+class RedisStore:
+    """See `router.store.Store`. `url` as redis-py takes it; `timeout` seconds bound every call."""
+
+    def __init__(self, url: str, timeout: float = 2.0) -> None:
+        self._where = url.rsplit("@", 1)[-1]
+        self._redis: Any = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
+        self._lease = self._redis.register_script(_LEASE)
+        self._release = self._redis.register_script(_RELEASE)
+        self._apply = self._redis.register_script(_APPLY)
+        self._set = self._redis.register_script(_SET)
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def ping(self) -> None:
+        with self._translated():
+            self._redis.ping()
+
+    def lease(self, owner: str, seconds: float, now: float) -> Lease | None:
+        with self._translated():
+            given = self._lease(keys=["understudy:{controller}:lease"], args=[owner, repr(seconds), repr(now)])
+        return Lease(owner, int(given[0]), float(given[1])) if given else None
+
+    def release(self, owner: str) -> None:
+        with self._translated():
+            self._release(keys=["understudy:{controller}:lease"], args=[owner])
+
+    def holder(self) -> Lease | None:
+        with self._translated():
+            owner, token, expires = self._redis.hmget("understudy:{controller}:lease", "owner", "token", "expires")
+        return Lease(owner.decode(), int(token), float(expires)) if token else None
+
+    def apply(self, route: str, session: str, revision: int, contribution: Mapping[Cell, Sums], token: int) -> bool:
+        rows = [
+            (f"{c.segment}\x1f{c.arm}\x1f{c.bucket}\x1f{part}", repr(number))
+            for c, v in sorted(contribution.items())
+            for part, number in (("n", v.n), ("s", v.s), ("ss", v.ss))
+        ]
+        keys = [_k(route, "fence"), _k(route, "sums"), _k(route, f"session:{session}")]
+        with self._translated():
+            done = self._apply(keys=keys, args=[token, revision, msgspec.json.encode(rows)])
+        return bool(_unfenced(done, token))
+
+    def sums(self, route: str) -> dict[Cell, Sums]:
+        with self._translated():
+            fields = self._redis.hgetall(_k(route, "sums"))
+        parts: dict[Cell, dict[str, float]] = {}
+        for field, number in fields.items():
+            segment, arm, bucket, part = field.decode().split("\x1f")
+            parts.setdefault(Cell(segment, arm, int(bucket)), {})[part] = float(number)
+        return {cell: Sums(**numbers) for cell, numbers in parts.items()}
+
+    def publish(self, snapshot: Snapshot, token: int) -> None:
+        keys = [_k(snapshot.route, "fence"), _k(snapshot.route, "snapshot")]
+        with self._translated():
+            _unfenced(self._set(keys=keys, args=[token, msgspec.json.encode(snapshot)]), token)
+
+    def mark(self, name: str, value: int, token: int) -> None:
+        keys = ["understudy:{controller}:fence", f"understudy:{{controller}}:mark:{name}"]
+        with self._translated():
+            _unfenced(self._set(keys=keys, args=[token, value]), token)
+
+    def marked(self, name: str) -> int:
+        with self._translated():
+            return int(self._redis.get(f"understudy:{{controller}}:mark:{name}") or 0)
+
+    def snapshot(self, route: str) -> Snapshot | None:
+        with self._translated():
+            body = self._redis.get(_k(route, "snapshot"))
+        return _snapshot.decode(body) if body else None
+
+    def assign(self, assignments: Sequence[Assignment], seconds: float, now: float) -> None:
+        with self._translated():
+            pipeline = self._redis.pipeline(transaction=False)
+            for route, session, choice in assignments:
+                body = msgspec.json.encode(choice)
+                pipeline.set(_k(route, f"arm:{session}"), body, px=max(1, int(seconds * 1000)))
+            pipeline.execute()
+
+    def recall(self, route: str, session: str, now: float) -> Choice | None:
+        with self._translated():
+            body = self._redis.get(_k(route, f"arm:{session}"))
+        return _choice.decode(body) if body else None
+
+    def put_key(self, key: ApiKey) -> None:
+        with self._translated():
+            self._redis.hset("understudy:keys", key.id, msgspec.json.encode(key))
+
+    def keys(self) -> list[ApiKey]:
+        with self._translated():
+            return [_key.decode(body) for _, body in sorted(self._redis.hgetall("understudy:keys").items())]
+
+    def secret(self, name: str, fresh: bytes) -> bytes:
+        with self._translated():
+            self._redis.hsetnx("understudy:secrets", name, fresh)
+            return bytes(self._redis.hget("understudy:secrets", name))
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.RedisError as error:
+            raise StateUnavailable(f"Redis at {self._where} does not answer: {error}") from error
+
+
+def _k(route: str, name: str) -> str:
+    return f"understudy:{{{route}}}:{name}"
+
+
+def _unfenced(answer: int, token: int) -> int:
+    if answer == -1:
+        raise Fenced(f"lease {token} was taken over by a newer one")
+    return answer

@@ -1,0 +1,172 @@
+"""The store in a SQLite file that the processes of one machine share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from router.arms import Cell, Choice, Snapshot, Sums
+from router.store import ApiKey, Assignment, Lease, dump_cells, load_cells
+from telemetry.errors import Fenced
+from telemetry.sqlite import connect, transaction, translated
+
+MIGRATIONS = [
+    """
+    CREATE TABLE lease (one INTEGER PRIMARY KEY CHECK (one = 1), owner TEXT, token INTEGER, expires REAL);
+    CREATE TABLE contributions (
+        route TEXT, session TEXT, revision INTEGER NOT NULL, cells BLOB NOT NULL, PRIMARY KEY (route, session)
+    ) WITHOUT ROWID;
+    CREATE TABLE sums (
+        route TEXT, segment TEXT, arm TEXT, bucket INTEGER, n REAL NOT NULL, s REAL NOT NULL, ss REAL NOT NULL,
+        PRIMARY KEY (route, segment, arm, bucket)
+    ) WITHOUT ROWID;
+    CREATE TABLE snapshots (route TEXT PRIMARY KEY, body BLOB NOT NULL);
+    CREATE TABLE marks (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+    CREATE TABLE assignments (
+        route TEXT, session TEXT, body BLOB NOT NULL, expires REAL NOT NULL, PRIMARY KEY (route, session)
+    ) WITHOUT ROWID;
+    CREATE INDEX assignments_expires ON assignments (expires);
+    CREATE TABLE keys (id TEXT PRIMARY KEY, body BLOB NOT NULL);
+    CREATE TABLE secrets (name TEXT PRIMARY KEY, value BLOB NOT NULL)
+    """,
+]
+
+_choice = msgspec.json.Decoder(Choice)
+_snapshot = msgspec.json.Decoder(Snapshot)
+_key = msgspec.json.Decoder(ApiKey)
+
+
+class SqliteStore:
+    """See `router.store.Store`. One connection, one lock: threads take turns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._db = connect(path, "store", MIGRATIONS)
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def ping(self) -> None:
+        self._one("SELECT 1")
+
+    def lease(self, owner: str, seconds: float, now: float) -> Lease | None:
+        with self._writing():
+            row = self._db.execute("SELECT owner, token, expires FROM lease").fetchone()
+            held_by, token, expires = row or ("", 0, 0.0)
+            if held_by not in (owner, "") and now < expires:
+                return None
+            token += held_by != owner
+            self._db.execute("INSERT OR REPLACE INTO lease VALUES (1, ?, ?, ?)", (owner, token, now + seconds))
+            return Lease(owner, token, now + seconds)
+
+    def release(self, owner: str) -> None:
+        with self._writing():
+            self._db.execute("UPDATE lease SET owner = '', expires = 0 WHERE owner = ?", (owner,))
+
+    def holder(self) -> Lease | None:
+        row = self._one("SELECT owner, token, expires FROM lease")
+        return Lease(*row) if row else None
+
+    def apply(self, route: str, session: str, revision: int, contribution: Mapping[Cell, Sums], token: int) -> bool:
+        with self._writing(token):
+            where = (route, session)
+            row = self._db.execute(
+                "SELECT revision, cells FROM contributions WHERE route = ? AND session = ?", where
+            ).fetchone()
+            if row and row[0] >= revision:
+                return False
+            change = dict(contribution)
+            for cell, sums in load_cells(row[1]).items() if row else ():
+                change[cell] = change.get(cell, Sums()).plus(sums, -1.0)
+            self._db.executemany(
+                "INSERT INTO sums VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE"
+                " SET n = n + excluded.n, s = s + excluded.s, ss = ss + excluded.ss",
+                [(route, c.segment, c.arm, c.bucket, d.n, d.s, d.ss) for c, d in change.items()],
+            )
+            self._db.execute(
+                "INSERT OR REPLACE INTO contributions VALUES (?, ?, ?, ?)",
+                (*where, revision, dump_cells(contribution)),
+            )
+            return True
+
+    def sums(self, route: str) -> dict[Cell, Sums]:
+        with self._lock, translated(self.path):
+            rows = self._db.execute("SELECT segment, arm, bucket, n, s, ss FROM sums WHERE route = ?", (route,))
+            return {Cell(segment, arm, bucket): Sums(n, s, ss) for segment, arm, bucket, n, s, ss in rows}
+
+    def publish(self, snapshot: Snapshot, token: int) -> None:
+        with self._writing(token):
+            self._db.execute(
+                "INSERT OR REPLACE INTO snapshots VALUES (?, ?)",
+                (snapshot.route, msgspec.json.encode(snapshot)),
+            )
+
+    def mark(self, name: str, value: int, token: int) -> None:
+        with self._writing(token):
+            self._db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, value))
+
+    def marked(self, name: str) -> int:
+        row = self._one("SELECT value FROM marks WHERE name = ?", name)
+        return int(row[0]) if row else 0
+
+    def snapshot(self, route: str) -> Snapshot | None:
+        row = self._one("SELECT body FROM snapshots WHERE route = ?", route)
+        return _snapshot.decode(row[0]) if row else None
+
+    def assign(self, assignments: Sequence[Assignment], seconds: float, now: float) -> None:
+        with self._writing():
+            self._db.executemany(
+                "INSERT OR REPLACE INTO assignments VALUES (?, ?, ?, ?)",
+                [(route, session, msgspec.json.encode(c), now + seconds) for route, session, c in assignments],
+            )
+            # Two old ones go for each new one, so the table stays as large as the sessions that live.
+            self._db.execute(
+                "DELETE FROM assignments WHERE (route, session) IN"
+                " (SELECT route, session FROM assignments WHERE expires < ? ORDER BY expires LIMIT ?)",
+                (now, 2 * len(assignments)),
+            )
+
+    def recall(self, route: str, session: str, now: float) -> Choice | None:
+        row = self._one(
+            "SELECT body FROM assignments WHERE route = ? AND session = ? AND expires >= ?",
+            route,
+            session,
+            now,
+        )
+        return _choice.decode(row[0]) if row else None
+
+    def put_key(self, key: ApiKey) -> None:
+        with self._writing():
+            self._db.execute("INSERT OR REPLACE INTO keys VALUES (?, ?)", (key.id, msgspec.json.encode(key)))
+
+    def keys(self) -> list[ApiKey]:
+        with self._lock, translated(self.path):
+            return [_key.decode(body) for (body,) in self._db.execute("SELECT body FROM keys ORDER BY id")]
+
+    def secret(self, name: str, fresh: bytes) -> bytes:
+        with self._writing():
+            self._db.execute("INSERT OR IGNORE INTO secrets VALUES (?, ?)", (name, fresh))
+            row = self._db.execute("SELECT value FROM secrets WHERE name = ?", (name,)).fetchone()
+            return bytes(row[0])
+
+    def _one(self, statement: str, *values: object) -> tuple[Any, ...] | None:
+        with self._lock, translated(self.path):
+            row: tuple[Any, ...] | None = self._db.execute(statement, values).fetchone()
+            return row
+
+    @contextmanager
+    def _writing(self, token: int | None = None) -> Iterator[None]:
+        """A transaction; with a token, only while no newer lease was given."""
+        with self._lock, translated(self.path), transaction(self._db):
+            if token is not None:
+                row = self._db.execute("SELECT token FROM lease").fetchone()
+                if row and row[0] > token:
+                    raise Fenced(f"lease {token} was taken over by {row[0]}")
+            yield

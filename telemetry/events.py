@@ -1,0 +1,164 @@
+"""The facts: what happened, as immutable records. Everything else is computed from these.
+
+Two kinds are journaled. An `Interaction` is one request and its answer; a `Signal` is one thing a user (or a
+business system) did about an answer or a session. Neither is ever changed: a later signal with the same
+`event_id`, or about the same (answer, kind, subject), counts instead of the earlier one, and both stay on record.
+
+Times are Unix seconds (float), durations are seconds, all ids are opaque strings.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import msgspec
+
+SIGNAL_KINDS = frozenset(
+    [
+        "thumb",
+        "rating",
+        "correction",
+        "comparison",
+        "comment",
+        "flag",
+        "survey",
+        "copy",
+        "edit",
+        "accept",
+        "retry",
+        "regenerate",
+        "abandon",
+        "dwell",
+        "first_action",
+        "escalation",
+        "outcome",
+    ]
+)
+
+
+class Answerer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Which arm answered and with what probability it had been drawn."""
+
+    arm: str
+    model: str
+    """The version at the upstream, by its immutable name."""
+    prompt_version: str | None = None
+    policy: str = ""
+    """Kind of policy that drew (`thompson`, `split`) or `pinned` when an operator named the arm."""
+    snapshot: int = 0
+    """Version of the weights drawn from; 0 before the first one."""
+    segment: str = ""
+    propensity: float = 1.0
+    holdout: bool = False
+    recalled: bool = False
+    """The session had this arm already; `propensity` is that of its first draw."""
+
+
+class Interaction(msgspec.Struct, frozen=True, tag="interaction", tag_field="type", omit_defaults=True):
+    """One request, its answer, and everything needed to learn from it later (one row of the event schema)."""
+
+    event_id: str
+    at: float
+    request_id: str
+    """Ours, sent upstream as X-Request-Id; the answer's id contains it when the upstream is vLLM."""
+    route: str
+    tenant: str
+    session: str
+    answerer: Answerer
+    endpoint: str = "chat/completions"
+    response_id: str | None = None
+    trace_id: str | None = None
+    span_id: str | None = None
+    parent_span_id: str | None = None
+    user: str | None = None
+    """Pseudonym: a keyed hash of what the app called the user."""
+    task_type: str | None = None
+    task_id: str | None = None
+    input_hash: str | None = None
+    """Keyed hash of the conversation as sent; equal inputs of one tenant have equal hashes."""
+    turn: int = 0
+    """How many earlier assistant turns the request carried."""
+    knowledge_version: str | None = None
+    retrieval_ids: tuple[str, ...] = ()
+    country: str | None = None
+    consent: str | None = None
+    """Scope the user agreed to (`none`, `serve`, `train`); None where the app did not say."""
+    stream: bool = False
+    status: int = 0
+    """HTTP status the client saw; 0 when it left before any."""
+    error: str | None = None
+    """None for a complete answer; else `client_left`, `upstream_refused`, `upstream_timeout`, `upstream_cut`,
+    `upstream_garbage`, `upstream_error` (its own 4xx or 5xx) or `internal`."""
+    finish_reason: str | None = None
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    tokens_cached: int | None = None
+    first_byte: float | None = None
+    duration: float = 0.0
+    client_latency: float | None = None
+    """As the app measured it, when it says so."""
+    sdk_retry: int = 0
+    """`x-stainless-retry-count`: above 0 the SDK asked again, not the user."""
+    upstream: str | None = None
+    attempts: int = 1
+    redacted: tuple[str, ...] = ()
+    """Which recognisers removed something, or `off` when no text is kept."""
+    messages: msgspec.Raw | None = None
+    answer: str | None = None
+    tool_calls: msgspec.Raw | None = None
+
+
+class Signal(msgspec.Struct, frozen=True, tag="signal", tag_field="type", omit_defaults=True):
+    """One observed behaviour, vote or outcome about one answer (or a whole session)."""
+
+    event_id: str
+    at: float
+    kind: str
+    tenant: str
+    received_at: float = 0.0
+    response_id: str | None = None
+    """The answer's OpenAI id, or our request id."""
+    trace_id: str | None = None
+    session: str | None = None
+    subject: str | None = None
+    """Pseudonym of who gave it; one subject has one vote of a kind on an answer."""
+    value: float | None = None
+    """Number in the kind's own unit: thumb 1/0, rating 1-5, dwell in seconds, outcome as named."""
+    name: str | None = None
+    """Of an outcome."""
+    text: str | None = None
+    target: msgspec.Raw | None = None
+    """What part of the answer it is about, or a comparison's winner and loser, as the client sent it."""
+    source: str = "callback"
+    detector: str | None = None
+    confidence: float = 1.0
+    reason: str | None = None
+    verified: bool = False
+    """A feedback token or an API key vouches that the subject may speak for this answer."""
+
+
+Fact = Interaction | Signal
+
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[Fact] = msgspec.json.Decoder(Interaction | Signal)
+
+
+def encode(fact: Fact) -> bytes:
+    """The fact as JSON, its type under `type`."""
+    return _encoder.encode(fact)
+
+
+def decode(body: bytes) -> Fact:
+    return _decoder.decode(body)
+
+
+def to_dict(fact: Fact) -> dict[str, Any]:
+    built: dict[str, Any] = msgspec.json.decode(encode(fact))
+    return built
+
+
+def new_id() -> str:
+    """128-bit id, hex, whose first 48 bits are milliseconds, so ids sort by time (as UUIDv7 does)."""
+    return f"{int(time.time() * 1000):012x}{os.urandom(10).hex()}"

@@ -1,0 +1,232 @@
+"""The journal: the durable, append-only log of facts, one SQLite file that several processes share.
+
+`Journal` reads and appends, synchronously. `JournalWriter` stands between an event loop and the disk: one thread
+takes what was put since its last commit and writes it in one transaction, so that a request never waits for a
+disk and a thousand facts cost one sync. While the disk fails or another program locks the file, facts wait in
+memory (at most `limit`; then interactions are dropped and counted, and durable puts are refused).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from telemetry.errors import StateError, StateUnavailable
+from telemetry.events import Fact, Interaction, Signal, decode, encode
+from telemetry.sqlite import connect, transaction, translated
+
+MIGRATIONS = [
+    """
+    CREATE TABLE facts (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        event_id TEXT NOT NULL,
+        type TEXT NOT NULL,
+        at REAL NOT NULL,
+        tenant TEXT NOT NULL,
+        route TEXT,
+        session TEXT,
+        request_id TEXT,
+        response_id TEXT,
+        trace_id TEXT,
+        body BLOB NOT NULL
+    );
+    CREATE INDEX facts_session ON facts (tenant, session) WHERE session IS NOT NULL;
+    CREATE INDEX facts_request ON facts (request_id) WHERE request_id IS NOT NULL;
+    CREATE INDEX facts_response ON facts (response_id) WHERE response_id IS NOT NULL;
+    CREATE INDEX facts_trace ON facts (trace_id) WHERE trace_id IS NOT NULL;
+    CREATE INDEX facts_event ON facts (event_id);
+    CREATE INDEX facts_at ON facts (at)
+    """,
+]
+
+
+class Journal:
+    """Appends and reads facts. Not thread-safe: one instance a thread. Raises `StateError`s."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._db = connect(path, "journal", MIGRATIONS, durable=True)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def append(self, facts: Sequence[Fact]) -> None:
+        """Write all of `facts`, or none; on return they are on disk."""
+        with translated(self.path), transaction(self._db):
+            self._db.executemany(
+                "INSERT INTO facts (event_id, type, at, tenant, route, session, request_id, response_id, trace_id, body)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                map(_row, facts),
+            )
+
+    def read(self, after: int = 0, limit: int = 1000) -> list[tuple[int, Fact]]:
+        """Up to `limit` facts in the order of arrival, each with its sequence number (> `after`)."""
+        return self._select("WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
+
+    def last(self) -> int:
+        """Sequence number of the newest fact, 0 when there is none."""
+        with translated(self.path):
+            row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'facts'").fetchone()
+        return row[0] if row else 0
+
+    def has_event(self, event_id: str) -> bool:
+        with translated(self.path):
+            return self._db.execute("SELECT 1 FROM facts WHERE event_id = ?", (event_id,)).fetchone() is not None
+
+    def interactions_of(self, tenant: str, session: str) -> list[tuple[int, Interaction]]:
+        """A session's requests on all routes, oldest first."""
+        rows = self._select("WHERE tenant = ? AND session = ? AND type = 'interaction' ORDER BY seq", (tenant, session))
+        return [(seq, fact) for seq, fact in rows if isinstance(fact, Interaction)]
+
+    def answers(self, signal: Signal) -> list[tuple[int, Interaction]]:
+        """The interactions that `signal` is about, of its own tenant only; empty if none is journaled yet."""
+        if signal.response_id:
+            clauses = ("request_id = ?", "response_id = ?")
+            values = (signal.response_id, signal.response_id)
+        elif signal.trace_id:
+            clauses, values = ("trace_id = ?",), (signal.trace_id,)  # type: ignore[assignment]
+        else:
+            return self.interactions_of(signal.tenant, signal.session or "")
+        found: dict[int, Interaction] = {}
+        for clause, value in zip(clauses, values, strict=True):
+            for seq, fact in self._select(
+                f"WHERE {clause} AND tenant = ? AND type = 'interaction'", (value, signal.tenant)
+            ):
+                if isinstance(fact, Interaction):
+                    found[seq] = fact
+        return sorted(found.items())
+
+    def signals_about(self, interactions: Sequence[Interaction]) -> list[tuple[int, Signal]]:
+        """Every signal about one of `interactions` (of one session), by answer, by trace or by session."""
+        found: dict[int, Signal] = {}
+        for column, names in (
+            ("response_id", {i.response_id for i in interactions} | {i.request_id for i in interactions}),
+            ("trace_id", {i.trace_id for i in interactions}),
+            ("session", {i.session for i in interactions}),
+        ):
+            for name in filter(None, names):
+                for seq, fact in self._select(
+                    f"WHERE {column} = ? AND tenant = ? AND type = 'signal'", (name, interactions[0].tenant)
+                ):
+                    if isinstance(fact, Signal):
+                        found[seq] = fact
+        return sorted(found.items())
+
+    def recent(self, since: float, limit: int = 100_000) -> list[tuple[int, Fact]]:
+        """The newest `limit` facts not older than `since`, oldest first."""
+        return self._select("WHERE at >= ? ORDER BY seq DESC LIMIT ?", (since, limit))[::-1]
+
+    def counts(self) -> dict[str, int]:
+        """How many facts of each type are kept."""
+        with translated(self.path):
+            return dict(self._db.execute("SELECT type, COUNT(*) FROM facts GROUP BY type").fetchall())
+
+    def _select(self, where: str, values: tuple[object, ...]) -> list[tuple[int, Fact]]:
+        with translated(self.path):
+            rows = self._db.execute(f"SELECT seq, body FROM facts {where}", values).fetchall()
+        return [(seq, decode(body)) for seq, body in rows]
+
+
+def _row(fact: Fact) -> tuple[object, ...]:
+    body = encode(fact)
+    if isinstance(fact, Interaction):
+        return (
+            fact.event_id, "interaction", fact.at, fact.tenant, fact.route, fact.session,
+            fact.request_id, fact.response_id, fact.trace_id, body,
+        )  # fmt: skip
+    return (
+        fact.event_id, "signal", fact.at, fact.tenant, None, fact.session,
+        None, fact.response_id, fact.trace_id, body,
+    )  # fmt: skip
+
+
+class JournalWriter:
+    """A thread that writes what is put, in batches. `put` never blocks; `put_durably` resolves once on disk."""
+
+    LINGER = 0.02
+    """Seconds a batch of interactions may wait for company; durable puts do not wait."""
+    BATCH = 2000
+
+    def __init__(self, path: Path, *, limit: int = 100_000, report: Callable[[str], None] = lambda _: None) -> None:
+        self.dropped = 0
+        self.failing: str | None = None
+        """Why the last write failed; None while writes succeed."""
+        self._journal = Journal(path)
+        self._limit = limit
+        self._report = report
+        self._queue: deque[tuple[Sequence[Fact], Future[None] | None]] = deque()
+        self._wake = threading.Event()
+        self._hurry = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def put(self, fact: Fact) -> None:
+        if len(self._queue) >= self._limit:
+            self.dropped += 1
+            return
+        self._queue.append(((fact,), None))
+        self._wake.set()
+
+    async def put_durably(self, facts: Sequence[Fact], timeout: float = 5.0) -> None:
+        """Return when `facts` are on disk. Raises `StateUnavailable` if that takes longer than `timeout` s."""
+        if len(self._queue) >= self._limit:
+            raise StateUnavailable(f"the journal's queue is full: {self.failing or 'the disk is too slow'}")
+        done: Future[None] = Future()
+        self._queue.append((facts, done))
+        self._hurry.set()
+        self._wake.set()
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(done), timeout)
+        except TimeoutError:
+            raise StateUnavailable(f"the journal cannot be written: {self.failing or 'too slow'}") from None
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Write all that is queued, then stop."""
+        self._closing = True
+        self._hurry.set()
+        self._wake.set()
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self._journal.close()
+
+    def _run(self) -> None:
+        while not (self._closing and not self._queue):
+            self._wake.wait()
+            if not self._closing:
+                self._hurry.wait(self.LINGER)
+            self._hurry.clear()
+            self._wake.clear()
+            self._drain()
+
+    def _drain(self) -> None:
+        while self._queue:
+            batch = [self._queue.popleft() for _ in range(min(self.BATCH, len(self._queue)))]
+            # A caller who stopped waiting was told 503 and will send again; what it sent is not kept twice.
+            batch = [(facts, done) for facts, done in batch if done is None or not done.cancelled()]
+            facts = [fact for facts, _ in batch for fact in facts]
+            try:
+                self._journal.append(facts)
+            except StateError as error:
+                self._queue.extendleft(reversed(batch))
+                if self.failing is None:
+                    self._report(f"journal: {error}; {len(self._queue)} facts wait in memory")
+                self.failing = str(error)
+                if self._closing:
+                    self._report(f"journal: closed with {len(self._queue)} facts unwritten")
+                    self._queue.clear()
+                    return
+                time.sleep(0.2)
+                continue
+            self.failing = None
+            for _, done in batch:
+                if done is not None and done.set_running_or_notify_cancel():
+                    done.set_result(None)

@@ -1,0 +1,58 @@
+"""Composition: settings become stores, routes, a gateway and a controller. The only place that knows all of them."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.applications import Starlette
+
+from gateway import app
+from gateway.proxy import Route
+from gateway.upstream import Replica, Timeouts
+from router.controller import Controller, RoutePlan, initial_snapshot
+from router.store import Store
+from router.store_redis import RedisStore
+from router.store_sqlite import SqliteStore
+from telemetry.journal import Journal
+from telemetry.privacy import Capture
+from understudy.settings import Settings
+
+
+def open_store(settings: Settings) -> Store:
+    """The store that `state` names. Raises `StateError`."""
+    path = settings.sqlite_path
+    return SqliteStore(path) if path is not None else RedisStore(settings.state)
+
+
+def route_plans(settings: Settings) -> list[RoutePlan]:
+    return [RoutePlan(name, route.arms, route.policy, route.reward) for name, route in settings.routes.items()]
+
+
+def build_controller(settings: Settings, owner: str) -> Controller:
+    return Controller(route_plans(settings), Journal(settings.journal_path), open_store(settings), owner)
+
+
+def build_gateway(settings: Settings) -> Starlette:
+    """One worker's ASGI application."""
+    routes = {
+        name: Route(
+            name,
+            route.arms,
+            [Replica(upstream.url, upstream.api_key) for upstream in route.upstreams],
+            Timeouts(route.timeouts.connect, route.timeouts.first_byte, route.timeouts.idle),
+        )
+        for name, route in settings.routes.items()
+    }
+    return app.build(
+        app.Parts(
+            routes=routes,
+            snapshots={plan.name: initial_snapshot(plan, time.time()) for plan in route_plans(settings)},
+            refresh={name: route.policy.refresh for name, route in settings.routes.items()},
+            store=open_store(settings),
+            journal=settings.journal_path,
+            capture=Capture(settings.capture.text, tuple(settings.capture.redact)),
+            require_key=settings.auth.require_key,
+            max_body=settings.listen.max_body,
+            otel_endpoint=settings.otel.endpoint,
+        )
+    )

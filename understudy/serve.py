@@ -1,0 +1,191 @@
+"""`understudy serve`: one supervisor, N workers that share a port, one controller.
+
+The supervisor binds the port and starts the others; whoever dies is started again, a little later each time it
+dies young. SIGTERM or SIGINT lets workers finish what they are answering (at most `DRAIN` seconds), then the rest.
+If the supervisor itself is killed, its children notice and leave.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from telemetry.errors import StateError
+from understudy.compose import build_controller, build_gateway, open_store
+from understudy.settings import Settings, load
+
+log = logging.getLogger("understudy")
+
+DRAIN = 30.0
+_spawn = multiprocessing.get_context("spawn")
+
+
+def serve(config: Path) -> int:
+    """Serve until told to stop. Returns the exit code. Raises `ConfigError` and `StateError` before it starts."""
+    settings = load(config)
+    _configure_logging()
+    _check_state(settings)
+    listening = _bind(settings)
+    metrics = tempfile.mkdtemp(prefix="understudy-metrics-")
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
+    stopping = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stopping.set())
+    crew = [_Member(f"worker {n + 1}", _worker, (str(config), listening)) for n in range(settings.listen.workers)]
+    crew.append(_Member("controller", _controller, (str(config),)))
+    host, port = listening.getsockname()[:2]
+    try:
+        for member in crew:
+            member.start()
+        shown = f"[{host}]" if ":" in host else host
+        log.info("serving http://%s:%d/v1 with %d worker(s)", shown, port, settings.listen.workers)
+        while not stopping.wait(0.2):
+            for member in crew:
+                member.look_after()
+    finally:
+        for member in crew:
+            member.tell_to_stop()
+        deadline = time.monotonic() + DRAIN + 5
+        for member in crew:
+            member.wait(deadline)
+        listening.close()
+        shutil.rmtree(metrics, ignore_errors=True)
+    return 0
+
+
+class _Member:
+    """A process that is kept alive."""
+
+    def __init__(self, name: str, target: object, args: tuple[object, ...]) -> None:
+        self._name = name
+        self._target = target
+        self._args = args
+        self._process: BaseProcess | None = None
+        self._began = 0.0
+        self._again_at = 0.0
+        self._deaths = 0
+
+    def start(self) -> None:
+        process = _spawn.Process(target=self._target, args=(os.getpid(), *self._args), name=self._name)  # type: ignore[arg-type]
+        process.start()
+        self._process, self._began = process, time.monotonic()
+
+    def look_after(self) -> None:
+        """Start the process again if it died: at once at first, up to 8 s later if it keeps dying young."""
+        now = time.monotonic()
+        if self._process is not None and self._process.exitcode is not None:
+            self._deaths = self._deaths + 1 if now - self._began < 10 else 0
+            self._again_at = now + (min(8.0, 0.25 * 2**self._deaths) if self._deaths else 0.0)
+            log.warning("%s ended with %s; starting it again", self._name, self._process.exitcode)
+            _forget_metrics_of(self._process.pid)
+            self._process = None
+        if self._process is None and now >= self._again_at:
+            self.start()
+
+    def tell_to_stop(self) -> None:
+        if self._process is not None and self._process.exitcode is None:
+            self._process.terminate()
+
+    def wait(self, deadline: float) -> None:
+        if self._process is not None:
+            self._process.join(max(0.0, deadline - time.monotonic()))
+            if self._process.exitcode is None:
+                log.warning("%s did not stop in time and is killed", self._name)
+                self._process.kill()
+                self._process.join()
+
+
+def _worker(parent: int, config: str, listening: socket.socket) -> None:
+    import uvicorn
+
+    _configure_logging()
+    settings = load(config)
+    _leave_with(parent)
+    uvicorn.Server(
+        uvicorn.Config(
+            build_gateway(settings),
+            loop="uvloop",
+            http="httptools",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            date_header=False,
+            timeout_graceful_shutdown=int(DRAIN),
+            timeout_keep_alive=75,
+            backlog=4096,
+        )
+    ).run(sockets=[listening])
+
+
+def _controller(parent: int, config: str) -> None:
+    _configure_logging()
+    settings = load(config)
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _leave_with(parent)
+    owner = f"{socket.gethostname()}:{os.getpid()}"
+    build_controller(settings, owner).run(stopping)
+
+
+def _leave_with(parent: int) -> None:
+    """End this process, properly, when the supervisor is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _bind(settings: Settings) -> socket.socket:
+    host, port = settings.listen.host, settings.listen.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise StateError(
+            f"cannot listen on {host}:{port}: {error.strerror}; change `listen.port`, or stop what uses it"
+        ) from None
+    listening.listen(4096)
+    listening.set_inheritable(True)
+    return listening
+
+
+def _check_state(settings: Settings) -> None:
+    """Open the journal and the store once, so that what is wrong with them is said here and not N times."""
+    from telemetry.journal import Journal
+
+    Journal(settings.journal_path).close()
+    store = open_store(settings)
+    try:
+        store.ping()
+    finally:
+        store.close()
+
+
+def _forget_metrics_of(pid: int | None) -> None:
+    from prometheus_client.multiprocess import mark_process_dead
+
+    if pid is not None:
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+def _configure_logging() -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", level=logging.INFO)
+    logging.captureWarnings(True)
