@@ -21,7 +21,7 @@ from starlette.routing import Route as HttpRoute
 from gateway import feedback, providers
 from gateway.auth import Caller, KeyRing, Pseudonyms, TokenSigner
 from gateway.metrics import Metrics
-from gateway.openai import ENDPOINTS, ApiError
+from gateway.openai import ENDPOINTS, ApiError, error_body
 from gateway.proxy import ClientLeft, Proxy, Receive, Route, Scope, Send, read_body, send_error
 from gateway.sessions import Sessions
 from gateway.upstream import Timeouts, UpstreamError
@@ -68,7 +68,11 @@ def build(parts: Parts) -> Starlette:
         "/readyz": ("GET", gateway.ready),
         "/metrics": ("GET", gateway.metrics_page),
     }
-    app = Starlette(routes=[_Exact(path, *endpoint) for path, endpoint in endpoints.items()], lifespan=gateway.lifespan)
+    app = Starlette(
+        routes=[_Exact(path, *endpoint) for path, endpoint in endpoints.items()],
+        lifespan=gateway.lifespan,
+        exception_handlers={Exception: _internal_error},
+    )
     app.router.default = _not_found
     app.router.redirect_slashes = False
     return app
@@ -98,6 +102,11 @@ class _Exact(HttpRoute):
 
 async def _placeholder(_: Any) -> Response:  # pragma: no cover
     raise AssertionError
+
+
+async def _internal_error(_: Any, error: Exception) -> Response:
+    body = error_body(f"the gateway failed: {type(error).__name__}; its log has more", "server_error")
+    return Response(body, 500, media_type="application/json")
 
 
 async def _not_found(scope: Any, receive: Any, send: Any) -> None:
@@ -162,7 +171,7 @@ class _Gateway:
                 await asyncio.to_thread(self._spans.close)
 
     def _refresh_keys(self, store: Store) -> None:
-        self._keys.refresh(store.keys())
+        self._keys.refresh(store.list_keys())
 
     def _note(self, fact: Interaction) -> None:
         self._journal.put(fact)

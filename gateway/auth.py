@@ -115,7 +115,7 @@ def identify(caller: Caller, headers: Mapping[bytes, bytes], ask: Ask, fields: F
     user = _header(headers, b"x-understudy-user") or said.user_id or ask.user or ask.safety_identifier
     session = _header(headers, b"x-understudy-session") or said.session_id
     if session is None:
-        session = hide.of(tenant, caller.id, user or "", ask.prompt_cache_key or "", *_root(ask))
+        session = hide.of(tenant, caller.id, user or "", ask.prompt_cache_key or "", *_root(ask, fields))
     elif len(session) > _NAME_LIMIT:
         session = hide.of(tenant, session)
     return Identity(
@@ -132,10 +132,10 @@ def _header(headers: Mapping[bytes, bytes], name: bytes) -> str | None:
     return value.decode("utf-8", "replace").strip() or None if value else None
 
 
-def _root(ask: Ask) -> list[bytes]:
+def _root(ask: Ask, fields: Fields) -> list[bytes]:
     """What stays the same through a conversation: its system messages up to, and with, the first user message."""
     if ask.messages is None:
-        return [bytes(ask.input or ask.prompt or b"")]
+        return [bytes(fields.get("input") or fields.get("prompt") or b"")]
     root = []
     for message in ask.messages:
         root += [message.role.encode(), bytes(message.content)]

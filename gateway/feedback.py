@@ -21,7 +21,7 @@ from telemetry.privacy import Capture
 
 ITEM_LIMIT = 1000
 TEXT_LIMIT = 32_768
-_UP = {True: 1.0, False: 0.0, 1: 1.0, 0: 0.0, "up": 1.0, "down": 0.0}
+_UP: dict[object, float] = {True: 1.0, False: 0.0, "up": 1.0, "down": 0.0}  # 1 and 0 are equal to True and False
 
 
 class Item(msgspec.Struct, frozen=True):
@@ -34,7 +34,7 @@ class Item(msgspec.Struct, frozen=True):
     value: Any = None
     name: str | None = None
     text: str | None = None
-    target: msgspec.Raw | None = None
+    target: Any = None
     event_id: str | None = None
     at: float | str | None = None
     user: str | None = None
@@ -64,8 +64,12 @@ class Desk:
 def read_items(body: bytes) -> list[Item | Problem]:
     """The items of a body that is one object or a list. Raises `ApiError` if it is neither, or too many."""
     try:
-        raw = msgspec.json.decode(body, type=msgspec.Raw | list[msgspec.Raw])
-        items = msgspec.json.decode(body, type=list[msgspec.Raw]) if body.lstrip()[:1] == b"[" else [raw]
+        is_list = body.lstrip()[:1] == b"["
+        items = (
+            msgspec.json.decode(body, type=list[msgspec.Raw])
+            if is_list
+            else [msgspec.json.decode(body, type=msgspec.Raw)]
+        )
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
     if not items:
@@ -114,7 +118,7 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
     subject = claims.subject if claims else (desk.pseudonyms.of(tenant, item.user) if item.user else None)
     target = item.target if desk.capture.text == "full" or item.kind == "comparison" else None
     if item.kind == "comparison":
-        target = msgspec.Raw(msgspec.json.encode(_comparison(item)))
+        target = _comparison(item)
     return Signal(
         event_id=item.event_id or new_id(),
         at=_when(item.at, now),
@@ -206,10 +210,9 @@ def _wrong(message: str) -> ApiError:
 
 def _comparison(item: Item) -> dict[str, object]:
     """{"winner", "loser"}, {"tie": [a, b]} or {"both_bad": [a, b]}, from `value` or `target`."""
-    target = msgspec.json.decode(item.target) if item.target else None
-    said = item.value if isinstance(item.value, dict) else target
-    if item.value in ("tie", "both_bad") and isinstance(target, list):
-        said = {item.value: target}
+    said = item.value if isinstance(item.value, dict) else item.target
+    if item.value in ("tie", "both_bad") and isinstance(item.target, list):
+        said = {item.value: item.target}
     if isinstance(said, dict):
         winner, loser = said.get("winner"), said.get("loser")
         if isinstance(winner, str) and isinstance(loser, str) and winner and loser and winner != loser:

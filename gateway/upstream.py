@@ -14,6 +14,7 @@ import ssl
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -95,8 +96,7 @@ class _Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
 
     def data_received(self, data: bytes) -> None:
         if self.complete:  # bytes after the end of an answer: nothing we asked for
@@ -218,10 +218,10 @@ class Reply:
     async def read(self) -> bytes:
         """The next piece of the body as it came; b"" at its end. Raises `Cut`, `TimedOut` or `Garbage`."""
         connection = self._connection
-        if not connection.body and not connection.complete and not connection.closed:
-            if not await connection.wait(self._timeouts.idle):
-                self.abort()
-                raise TimedOut(f"the upstream was silent for {self._timeouts.idle:g} s in the middle of its answer")
+        waits = not connection.body and not connection.complete and not connection.closed
+        if waits and not await connection.wait(self._timeouts.idle):
+            self.abort()
+            raise TimedOut(f"the upstream was silent for {self._timeouts.idle:g} s in the middle of its answer")
         if connection.body:
             return connection.take()
         if not connection.complete:

@@ -50,7 +50,7 @@ def score(signal: Signal) -> float | None:
 
 
 def counted(signals: Iterable[Signal]) -> list[Signal]:
-    """Those signals that count, given in order of arrival: the last of each event id, and of each (answer, kind, subject)."""
+    """Of signals in order of arrival, those that count: the last of each event id and each (answer, kind, subject)."""
     slots: dict[tuple[object, ...], Signal] = {}
     slot_of: dict[str, tuple[object, ...]] = {}
     for signal in signals:

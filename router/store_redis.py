@@ -157,7 +157,7 @@ class RedisStore:
         with self._translated():
             self._redis.hset("understudy:keys", key.id, msgspec.json.encode(key))
 
-    def keys(self) -> list[ApiKey]:
+    def list_keys(self) -> list[ApiKey]:
         with self._translated():
             return [_key.decode(body) for _, body in sorted(self._redis.hgetall("understudy:keys").items())]
 

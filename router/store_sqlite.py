@@ -146,7 +146,7 @@ class SqliteStore:
         with self._writing():
             self._db.execute("INSERT OR REPLACE INTO keys VALUES (?, ?)", (key.id, msgspec.json.encode(key)))
 
-    def keys(self) -> list[ApiKey]:
+    def list_keys(self) -> list[ApiKey]:
         with self._lock, translated(self.path):
             return [_key.decode(body) for (body,) in self._db.execute("SELECT body FROM keys ORDER BY id")]
 

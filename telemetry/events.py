@@ -105,9 +105,10 @@ class Interaction(msgspec.Struct, frozen=True, tag="interaction", tag_field="typ
     attempts: int = 1
     redacted: tuple[str, ...] = ()
     """Which recognisers removed something, or `off` when no text is kept."""
-    messages: msgspec.Raw | None = None
+    messages: Any = None
+    """What was asked, as JSON; the app's own `messages`, `input` or `prompt`."""
     answer: str | None = None
-    tool_calls: msgspec.Raw | None = None
+    tool_calls: Any = None
 
 
 class Signal(msgspec.Struct, frozen=True, tag="signal", tag_field="type", omit_defaults=True):
@@ -129,7 +130,7 @@ class Signal(msgspec.Struct, frozen=True, tag="signal", tag_field="type", omit_d
     name: str | None = None
     """Of an outcome."""
     text: str | None = None
-    target: msgspec.Raw | None = None
+    target: Any = None
     """What part of the answer it is about, or a comparison's winner and loser, as the client sent it."""
     source: str = "callback"
     detector: str | None = None

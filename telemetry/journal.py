@@ -59,8 +59,8 @@ class Journal:
         """Write all of `facts`, or none; on return they are on disk."""
         with translated(self.path), transaction(self._db):
             self._db.executemany(
-                "INSERT INTO facts (event_id, type, at, tenant, route, session, request_id, response_id, trace_id, body)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO facts (event_id, type, at, tenant, route, session, request_id, response_id, trace_id,"
+                " body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 map(_row, facts),
             )
 
@@ -94,11 +94,9 @@ class Journal:
             return self.interactions_of(signal.tenant, signal.session or "")
         found: dict[int, Interaction] = {}
         for clause, value in zip(clauses, values, strict=True):
-            for seq, fact in self._select(
-                f"WHERE {clause} AND tenant = ? AND type = 'interaction'", (value, signal.tenant)
-            ):
-                if isinstance(fact, Interaction):
-                    found[seq] = fact
+            where = f"WHERE {clause} AND tenant = ? AND type = 'interaction'"
+            rows = self._select(where, (value, signal.tenant))
+            found |= {seq: fact for seq, fact in rows if isinstance(fact, Interaction)}
         return sorted(found.items())
 
     def signals_about(self, interactions: Sequence[Interaction]) -> list[tuple[int, Signal]]:
@@ -110,11 +108,9 @@ class Journal:
             ("session", {i.session for i in interactions}),
         ):
             for name in filter(None, names):
-                for seq, fact in self._select(
-                    f"WHERE {column} = ? AND tenant = ? AND type = 'signal'", (name, interactions[0].tenant)
-                ):
-                    if isinstance(fact, Signal):
-                        found[seq] = fact
+                where = f"WHERE {column} = ? AND tenant = ? AND type = 'signal'"
+                rows = self._select(where, (name, interactions[0].tenant))
+                found |= {seq: fact for seq, fact in rows if isinstance(fact, Signal)}
         return sorted(found.items())
 
     def recent(self, since: float, limit: int = 100_000) -> list[tuple[int, Fact]]:

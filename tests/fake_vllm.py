@@ -25,7 +25,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, get_args
 
@@ -190,7 +189,8 @@ class Answer:
         given = self.body.get("input") or ""
         data = []
         for i, text in enumerate(given if isinstance(given, list) else [given]):
-            value: object = floats = vector(self.model, str(text))
+            floats = vector(self.model, str(text))
+            value: object = floats
             if self.body.get("encoding_format") == "base64":
                 value = base64.b64encode(struct.pack(f"<{len(floats)}f", *floats)).decode()
             data.append({"index": i, "object": "embedding", "embedding": value})

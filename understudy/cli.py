@@ -1,0 +1,296 @@
+"""The command line: arguments in, functions called, results printed. Exit 0 good, 1 failed check, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from telemetry.errors import StateError
+from understudy import settings as config
+
+if TYPE_CHECKING:
+    from router.controller import RoutePlan
+    from router.store import Store
+    from telemetry.journal import Journal
+
+Arguments = argparse.Namespace
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        run: Callable[[Arguments], int] = arguments.run
+        return run(arguments)
+    except config.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except StateError as error:
+        print(f"understudy: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage also says where the help is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(
+        prog="understudy",
+        description="An OpenAI-compatible gateway that hears what users do and lets the better model version win.",
+    )
+    top.add_argument("--version", action="version", version=f"understudy {_version()}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[Arguments], int], help: str, *, reads: bool = True
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
+        added.set_defaults(run=run)
+        _config_option(added)
+        if reads:
+            _json_option(added)
+        return added
+
+    command("serve", _serve, "Serve the gateway and its controller.", reads=False)
+    command("status", _status, "Who controls, how far it has read, how fresh the weights are.")
+    command("arms", _arms, "Each arm's weight, share and posterior, and what moved it.")
+    command("doctor", _doctor, "Check the config, the state, the port and every upstream.")
+    _add_config(commands)
+    _add_keys(commands)
+    _add_replay(commands)
+    _add_demo(commands)
+    return top
+
+
+def _add_config(commands: Any) -> None:
+    about = commands.add_parser("config", help="Check the config file, print its schema, or explain every key.")
+    verbs = about.add_subparsers(metavar="check|schema|explain", required=True)
+    for name, run, help in (
+        ("check", _config_check, "Say what is wrong, by line and key; exit 1 if anything is."),
+        ("schema", _config_schema, "Print the JSON Schema, for editors."),
+        ("explain", _config_explain, "Print every key, its value, where that comes from and what it means."),
+    ):
+        verb = verbs.add_parser(name, help=help, description=help)
+        verb.set_defaults(run=run)
+        _config_option(verb)
+        _json_option(verb)
+
+
+def _add_keys(commands: Any) -> None:
+    about = commands.add_parser("keys", help="Make, list and revoke the API keys of apps.")
+    verbs = about.add_subparsers(metavar="create|list|revoke", required=True)
+    create = verbs.add_parser("create", help="Make a key; it is shown once.")
+    create.add_argument("--tenant", default="default", help="whose traffic it carries (default: default)")
+    create.add_argument("--role", choices=("app", "admin"), default="app", help="admins see and name arms")
+    listing = verbs.add_parser("list", help="List keys, never their secrets.")
+    revoke = verbs.add_parser("revoke", help="Make a key invalid, within the routes' refresh time.")
+    revoke.add_argument("id", help="as `keys list` shows it")
+    for verb, run in ((create, _keys_create), (listing, _keys_list), (revoke, _keys_revoke)):
+        verb.set_defaults(run=run)
+        _config_option(verb)
+        _json_option(verb)
+
+
+def _add_replay(commands: Any) -> None:
+    help = "Send recorded conversations through a running gateway with the real openai client."
+    replay = commands.add_parser("replay", help=help, description=help)
+    replay.set_defaults(run=_replay)
+    replay.add_argument("file", type=Path, help="JSON lines: user, task, t, messages, copies")
+    replay.add_argument("--base-url", default="http://127.0.0.1:4000/v1", help="the gateway's (default: %(default)s)")
+    replay.add_argument("--route", required=True, help="the model name to ask for")
+    replay.add_argument("--as-fast", action="store_true", help="without the recorded pauses")
+    replay.add_argument("--api-key", default="replay", help="if the gateway requires one")
+    replay.add_argument("--max-tokens", type=int, help="cut each answer (default: the upstream's own limit)")
+    replay.add_argument("--limit", type=int, help="only the first N requests")
+    _json_option(replay)
+
+
+def _add_demo(commands: Any) -> None:
+    help = "Two versions of a tiny model on a real vLLM, simulated users, and the better one wins."
+    demo = commands.add_parser("demo", help=help, description=help)
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--sessions", type=int, default=300, help="how many simulated sessions (default: %(default)s)")
+    demo.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="where the tiny models are kept")
+    demo.add_argument("--keep", type=Path, help="a folder to keep the journal and config in (default: none is kept)")
+    _json_option(demo)
+
+
+def _config_option(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--config", type=Path, default=Path("understudy.yaml"), help="config file (default: %(default)s)")
+
+
+def _json_option(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("understudy")
+    except PackageNotFoundError:
+        return "of a source tree"
+
+
+def _print(arguments: Arguments, data: Any, people: Callable[[], None]) -> None:
+    if arguments.json:
+        print(json.dumps(data, indent=2))
+    else:
+        people()
+
+
+# The commands.
+
+
+def _serve(arguments: Arguments) -> int:
+    from understudy.serve import serve
+
+    return serve(arguments.config)
+
+
+def _status(arguments: Arguments) -> int:
+    from understudy import report, show
+
+    plans, store, journal = _opened(arguments)
+    found = report.status(plans, store, journal, time.time())
+    _print(arguments, found, lambda: show.status(found))
+    return 0
+
+
+def _arms(arguments: Arguments) -> int:
+    from understudy import report, show
+
+    plans, store, journal = _opened(arguments)
+    found = report.arms(plans, store, journal, time.time())
+    _print(arguments, found, lambda: show.arms(found))
+    return 0
+
+
+def _opened(arguments: Arguments) -> tuple[list[RoutePlan], Store, Journal]:
+    from telemetry.journal import Journal
+    from understudy.compose import open_store, route_plans
+
+    settings = config.load(arguments.config)
+    return route_plans(settings), open_store(settings), Journal(settings.journal_path)
+
+
+def _doctor(arguments: Arguments) -> int:
+    from understudy import show
+    from understudy.doctor import examine
+
+    findings = examine(arguments.config)
+    _print(arguments, [finding._asdict() for finding in findings], lambda: show.findings(findings))
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _config_check(arguments: Arguments) -> int:
+    problems = config.check(arguments.config)
+    notes = [] if problems else config.accepted_but_unused(config.load(arguments.config))
+    data = {"problems": [dataclasses.asdict(problem) for problem in problems], "notes": notes}
+
+    def people() -> None:
+        for problem in problems:
+            print(problem.render(arguments.config))
+        for note in notes:
+            print(f"note: {note}")
+        if not problems:
+            print(f"{arguments.config}: good")
+
+    _print(arguments, data, people)
+    return 1 if problems else 0
+
+
+def _config_schema(arguments: Arguments) -> int:
+    print(json.dumps(config.schema(), indent=2))
+    return 0
+
+
+def _config_explain(arguments: Arguments) -> int:
+    from understudy import show
+
+    rows = config.explain(config.load(arguments.config))
+    _print(arguments, [row._asdict() for row in rows], lambda: show.explained(rows))
+    return 0
+
+
+def _keys_create(arguments: Arguments) -> int:
+    from gateway.auth import new_key
+
+    secret, key = new_key(arguments.tenant, arguments.role, time.time())
+    _store(arguments).put_key(key)
+    data = {"id": key.id, "tenant": key.tenant, "role": key.role, "key": secret}
+    _print(arguments, data, lambda: print(f"{secret}\n{key.id} for tenant {key.tenant}: shown this once, keep it safe"))
+    return 0
+
+
+def _keys_list(arguments: Arguments) -> int:
+    from understudy import show
+
+    rows = [
+        {"id": k.id, "tenant": k.tenant, "role": k.role, "created": k.created, "revoked": k.revoked}
+        for k in _store(arguments).list_keys()
+    ]
+    _print(arguments, rows, lambda: show.keys(rows))
+    return 0
+
+
+def _keys_revoke(arguments: Arguments) -> int:
+    import msgspec
+
+    store = _store(arguments)
+    for key in store.list_keys():
+        if key.id == arguments.id:
+            store.put_key(msgspec.structs.replace(key, revoked=True))
+            _print(arguments, {"id": key.id, "revoked": True}, lambda: print(f"{arguments.id} is revoked"))
+            return 0
+    print(f"understudy: no key {arguments.id}; `understudy keys list` shows them", file=sys.stderr)
+    return 1
+
+
+def _store(arguments: Arguments) -> Store:
+    from understudy.compose import open_store
+
+    return open_store(config.load(arguments.config))
+
+
+def _replay(arguments: Arguments) -> int:
+    from understudy import replay, show
+
+    try:
+        rows = replay.read(arguments.file)[: arguments.limit]
+    except (OSError, replay.BadRecording) as error:
+        print(f"understudy: {error}", file=sys.stderr)
+        return 1
+    with show.progress("replaying", len(rows), quiet=arguments.json) as advance:
+        tally = replay.play(
+            rows,
+            arguments.base_url,
+            arguments.route,
+            as_fast=arguments.as_fast,
+            api_key=arguments.api_key,
+            max_tokens=arguments.max_tokens,
+            progress=lambda so_far: advance(so_far.requests),
+        )
+    summary = tally.summary()
+    _print(arguments, summary, lambda: show.summary(summary))
+    return 1 if tally.failures else 0
+
+
+def _demo(arguments: Arguments) -> int:
+    from understudy.demo.story import tell
+
+    return tell(arguments.sessions, arguments.cache, arguments.keep, as_json=arguments.json)
