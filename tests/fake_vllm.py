@@ -207,7 +207,8 @@ class Answer:
             deltas += [{"tool_calls": [{"index": 0, "function": {"arguments": part}}]} for part in parts]
         else:
             deltas += [{"content": token} for token in self.tokens]
-        choices = [{"index": 0, "delta": d, "logprobs": None, "finish_reason": None} for d in deltas]
+        nothing: Json = {"logprobs": None, "finish_reason": None}
+        choices = [{"index": 0, "delta": delta} | nothing for delta in deltas]
         choices.append({"index": 0, "delta": {"content": ""}, "logprobs": None, "finish_reason": self.finish})
         return self._events(self.head("chatcmpl-", "chat.completion.chunk"), choices)
 
@@ -227,8 +228,8 @@ class Answer:
         """Named events, and no `[DONE]`."""
         where = {"item_id": f"msg_{self.request_id}", "output_index": 0, "content_index": 0}
         events: list[Json] = [{"type": "response.created", "response": self.response("in_progress")}]
-        for token in self.tokens:
-            events.append({"type": "response.output_text.delta", "delta": token, "logprobs": []} | where)
+        deltas = ({"type": "response.output_text.delta", "delta": token, "logprobs": []} for token in self.tokens)
+        events += [delta | where for delta in deltas]
         text = "".join(self.tokens)
         events.append({"type": "response.output_text.done", "text": text, "logprobs": []} | where)
         events.append({"type": "response.completed", "response": self.response()})
