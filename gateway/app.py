@@ -26,8 +26,8 @@ from gateway.proxy import ClientLeft, Proxy, Receive, Route, Scope, Send, read_b
 from gateway.sessions import Sessions
 from gateway.upstream import Timeouts, UpstreamError
 from router.arms import Snapshot
-from router.store import Store
-from telemetry.errors import UnderstudyError
+from router.store import ApiKey, Store
+from telemetry.errors import StateError, UnderstudyError
 from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal, JournalWriter
 from telemetry.privacy import Capture
@@ -115,6 +115,14 @@ async def _not_found(scope: Any, receive: Any, send: Any) -> None:
         await send_error(send, ApiError(404, message, code="not_found"))
 
 
+class _Known(msgspec.Struct, frozen=True):
+    """What a worker learned from the store, kept on this machine for a start while the store is away."""
+
+    secret: bytes
+    keys: list[ApiKey]
+    snapshots: dict[str, Snapshot]
+
+
 class _Gateway:
     """One worker's endpoints and what they share."""
 
@@ -127,6 +135,8 @@ class _Gateway:
         self._desk: feedback.Desk
         self._journal: JournalWriter
         self._reader: Journal
+        self._memory: Journal
+        self._known: _Known
         self._spans: Any = None
 
     @contextlib.asynccontextmanager
@@ -135,10 +145,10 @@ class _Gateway:
         parts = self._parts
         self._journal = JournalWriter(parts.journal, report=log.warning)
         self._reader = Journal(parts.journal)
-        secret = await asyncio.to_thread(parts.store.secret, "signing", os.urandom(32))
-        await asyncio.to_thread(self._refresh_keys, parts.store)
-        tokens = TokenSigner({"k1": secret})
-        pseudonyms = Pseudonyms(secret)
+        self._memory = Journal(parts.journal)
+        self._known = await asyncio.to_thread(self._begin)
+        tokens = TokenSigner({"k1": self._known.secret})
+        pseudonyms = Pseudonyms(self._known.secret)
         if parts.otel_endpoint:
             from telemetry.otel import Spans  # costs 0.3 s and 20 MB, and not everyone wants it
 
@@ -156,22 +166,57 @@ class _Gateway:
             providers.ask,
             parts.max_body,
         )
-        refreshing = asyncio.create_task(self._sessions.refresh(parts.refresh, self._refresh_keys))
+        refreshing = asyncio.create_task(self._keep_up())
         try:
             yield
         finally:
             refreshing.cancel()
-            self._sessions.close()
+            await asyncio.to_thread(self._sessions.close)
             await asyncio.to_thread(self._journal.close)
             self._reader.close()
+            self._memory.close()
             for route in parts.routes.values():
                 for replica in route.replicas:
                     replica.close()
             if self._spans is not None:
                 await asyncio.to_thread(self._spans.close)
 
-    def _refresh_keys(self, store: Store) -> None:
-        self._keys.refresh(store.list_keys())
+    def _begin(self) -> _Known:
+        """What the store says; if it is away, what this machine knew last. Raises `StateError` if that is nothing."""
+        try:
+            return self._exchange(self._parts.store.secret("signing", os.urandom(32)))
+        except StateError as error:
+            known = self._memory.known("gateway")
+            if known is None:
+                raise
+            log.warning("%s; starting with the keys and weights known last", error)
+            last = msgspec.json.decode(known, type=_Known)
+            self._keys.refresh(last.keys)
+            self._sessions.snapshots |= {k: v for k, v in last.snapshots.items() if k in self._parts.routes}
+            return last
+
+    async def _keep_up(self) -> None:
+        """For ever: push what the store should know, pull what we should."""
+        pause = min(self._parts.refresh.values(), default=1.0)
+        complained = False
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                self._known = await asyncio.to_thread(self._exchange, self._known.secret)
+                complained = False
+            except StateError as error:
+                if not complained:
+                    log.warning("%s; serving from the last weights", error)
+                complained = True
+
+    def _exchange(self, secret: bytes) -> _Known:
+        self._sessions.exchange()
+        keys = self._parts.store.list_keys()
+        self._keys.refresh(keys)
+        known = _Known(secret, keys, dict(self._sessions.snapshots))
+        if known != getattr(self, "_known", None):
+            self._memory.know("gateway", msgspec.json.encode(known))
+        return known
 
     def _note(self, fact: Interaction) -> None:
         self._journal.put(fact)

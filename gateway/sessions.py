@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from router.arms import Choice, Snapshot
@@ -67,35 +67,20 @@ class Sessions:
             self.recalls_failed += 1
             return None
 
-    async def refresh(self, routes: Mapping[str, float], also: Callable[[Store], None]) -> None:
-        """For ever: pull snapshots (each `routes[name]` seconds), push new assignments, call `also` in a thread."""
-        loop = asyncio.get_running_loop()
-        pause = min(routes.values(), default=1.0)
-        complained = False
-        while True:
-            new, self._new = self._new, []
-            try:
-                pulled = await loop.run_in_executor(self._threads, self._exchange, list(routes), new, also)
-                self.snapshots.update(pulled)
-                self.store_seen = time.monotonic()
-                complained = False
-            except StateError as error:
-                self._new = (new + self._new)[-CACHE:]
-                if not complained:
-                    log.warning("%s; serving from the last weights", error)
-                complained = True
-            await asyncio.sleep(pause)
-
-    def _exchange(self, routes: list[str], new: list[Assignment], also: Callable[[Store], None]) -> dict[str, Snapshot]:
-        if new:
-            self._store.assign(new, REMEMBER_SECONDS, time.time())
-        also(self._store)
-        pulled = {name: self._store.snapshot(name) for name in routes}
-        return {
-            name: snapshot
-            for name, snapshot in pulled.items()
-            if snapshot is not None and snapshot.version != self.snapshots[name].version
-        }
+    def exchange(self) -> None:
+        """Push new assignments and pull newer snapshots. Blocks; raises `StateError` and loses nothing by it."""
+        new, self._new = self._new, []
+        try:
+            if new:
+                self._store.assign(new, REMEMBER_SECONDS, time.time())
+        except StateError:
+            self._new = (new + self._new)[-CACHE:]
+            raise
+        for name, snapshot in list(self.snapshots.items()):
+            newer = self._store.snapshot(name)
+            if newer is not None and newer.version != snapshot.version:
+                self.snapshots[name] = newer
+        self.store_seen = time.monotonic()
 
     def close(self) -> None:
         """Push what is left."""

@@ -42,6 +42,7 @@ MIGRATIONS = [
     CREATE INDEX facts_event ON facts (event_id);
     CREATE INDEX facts_at ON facts (at)
     """,
+    "CREATE TABLE known (name TEXT PRIMARY KEY, value BLOB NOT NULL)",
 ]
 
 
@@ -116,6 +117,16 @@ class Journal:
     def recent(self, since: float, limit: int = 100_000) -> list[tuple[int, Fact]]:
         """The newest `limit` facts not older than `since`, oldest first."""
         return self._select("WHERE at >= ? ORDER BY seq DESC LIMIT ?", (since, limit))[::-1]
+
+    def know(self, name: str, value: bytes) -> None:
+        """Keep beside the facts what this machine last learned from a store that may be away tomorrow."""
+        with translated(self.path):
+            self._db.execute("INSERT OR REPLACE INTO known VALUES (?, ?)", (name, value))
+
+    def known(self, name: str) -> bytes | None:
+        with translated(self.path):
+            row = self._db.execute("SELECT value FROM known WHERE name = ?", (name,)).fetchone()
+        return row[0] if row else None
 
     def counts(self) -> dict[str, int]:
         """How many facts of each type are kept."""

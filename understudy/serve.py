@@ -19,7 +19,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from telemetry.errors import StateError
+from telemetry.errors import StateError, StateUnavailable
 from understudy.compose import build_controller, build_gateway, open_store
 from understudy.settings import Settings, load
 
@@ -107,6 +107,8 @@ class _Member:
 def _worker(parent: int, config: str, listening: socket.socket) -> None:
     import uvicorn
 
+    from gateway.http import protocol
+
     _configure_logging()
     settings = load(config)
     _leave_with(parent)
@@ -114,7 +116,7 @@ def _worker(parent: int, config: str, listening: socket.socket) -> None:
         uvicorn.Config(
             build_gateway(settings),
             loop="uvloop",
-            http="httptools",
+            http=protocol(settings.listen.max_header_bytes),
             lifespan="on",
             access_log=False,
             log_config=None,
@@ -171,12 +173,17 @@ def _check_state(settings: Settings) -> None:
     """Open the journal and the store once, so that what is wrong with them is said here and not N times."""
     from telemetry.journal import Journal
 
-    Journal(settings.journal_path).close()
+    journal = Journal(settings.journal_path)
     store = open_store(settings)
     try:
         store.ping()
+    except StateUnavailable as error:
+        if journal.known("gateway") is None:
+            raise
+        log.warning("%s; starting with the keys and weights known last", error)
     finally:
         store.close()
+        journal.close()
 
 
 def _forget_metrics_of(pid: int | None) -> None:
