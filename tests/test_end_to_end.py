@@ -150,7 +150,7 @@ def test_the_openai_client_gets_what_vllm_gives(house: House) -> None:
         assert list(usage)[-1].usage
         tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
         assert client.chat.completions.create(model="assistant", messages=messages, tools=[tool]).id  # type: ignore[list-item]
-        schema = {"type": "object", "properties": {"category": {"type": "string"}}, "required": ["category"]}
+        schema = {"type": "object", "properties": {"category": {"enum": ["fruit", "animal"]}}, "required": ["category"]}
         shaped = client.chat.completions.create(
             model="assistant",
             messages=messages,
