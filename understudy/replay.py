@@ -41,6 +41,8 @@ class Tally:
     requests: int = 0
     streamed: int = 0
     failures: list[str] = field(default_factory=list)
+    unanswerable: int = 0
+    """Requests recorded without a message, to which the upstream's own 400 came back."""
     signals: Counter[str] = field(default_factory=Counter)
     models: Counter[str] = field(default_factory=Counter)
     """Requests by the model that said it answered: which arm served."""
@@ -54,6 +56,7 @@ class Tally:
             "streamed": self.streamed,
             "failures": len(self.failures),
             "failure_examples": self.failures[:5],
+            "unanswerable": self.unanswerable,
             "arms": dict(self.models.most_common()),
             "signals": dict(self.signals.most_common()),
             "latency_ms": _quantiles(self.seconds),
@@ -164,5 +167,10 @@ def _send(client: openai.OpenAI, row: Recorded, route: str, tally: Tally, max_to
             tally.signals["copy"] += taken["accepted"]
             if taken["accepted"] != len(items):
                 raise openai.OpenAIError(f"{len(items) - taken['accepted']} feedback items were refused")
+    except openai.BadRequestError as error:
+        if row.messages:
+            tally.failures.append(f"request {tally.requests}: {error}")
+        else:
+            tally.unanswerable += 1
     except openai.OpenAIError as error:
         tally.failures.append(f"request {tally.requests}: {error}")
