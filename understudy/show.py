@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,28 +24,34 @@ def arms(rows: list[dict[str, Any]], title: str | None = None) -> None:
     console.print(arms_table(rows, title))
 
 
-def arms_table(rows: list[dict[str, Any]], title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("route", "arm", "model"):
-        table.add_column(name)
-    for name in ("weight", "served, last hour", "mean reward, 95 %", "P(best)", "sessions"):
-        table.add_column(name, justify="right")
-    table.add_column("moved by")
+def arms_table(rows: list[dict[str, Any]], title: str | None = None) -> Group:
+    """The numbers, and below them in words what moved each arm; readable from 80 columns on."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.add_column("route and arm", no_wrap=True)
+    for name in ("weight", "last hour", "mean reward, 95 %", "P(best)", "sessions"):
+        table.add_column(name, justify="right", no_wrap=True)
+    route = None
     for row in rows:
-        low, high = row["interval"]
+        if row["route"] != route:
+            route = row["route"]
+            table.add_row(f"[bold]{escape(route)}[/]")
         share = row["share_last_hour"]
+        low, high = row["interval"]
         table.add_row(
-            row["route"],
-            row["arm"],
-            row["model"],
+            f"  {escape(row['arm'])}",
             f"{row['weight']:.1%}",
-            "–" if share is None else f"{share:.1%} of {round(row['requests_last_hour'] / share) if share else '…'}",
-            f"{row['mean']:.3f}  [{low:.3f}, {high:.3f}]",
+            "–" if share is None else f"{share:.1%}",
+            f"{row['mean']:.3f} [{low:.3f}, {high:.3f}]".replace("[", r"\["),
             f"{row['p_best']:.3f}",
             f"{row['sessions']:.0f}",
-            ", ".join(f"{count} {kind}" for kind, count in row["moved_by"].items()) or "nothing yet",
         )
-    return table
+    return Group(table, *(sentence(row) for row in rows))
+
+
+def sentence(row: Mapping[str, Any]) -> str:
+    """An arm's model and what moved it."""
+    moved = ", ".join(f"{count} {kind}" for kind, count in row["moved_by"].items()) or "nothing yet"
+    return f"[bold]{escape(row['arm'])}[/] ({escape(row['model'])}) was moved by {moved}"
 
 
 def status(found: Mapping[str, Any]) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 
 import openai
 from rich.live import Live
-from rich.table import Table
 
 from router.controller import RoutePlan
 from telemetry.journal import Journal
@@ -198,21 +197,12 @@ def _conclude(rows: list[dict[str, Any]], progress: Progress, as_json: bool) -> 
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    table = Table(title=f"{progress.sessions} sessions of simulated users", title_justify="left")
-    for name in ("arm", "model", "share of sessions over time", "mean reward, 95 %", "P(best)", "what moved it"):
-        table.add_column(name)
+    console = show.console
+    console.print(show.arms_table(rows, f"{progress.sessions} sessions of simulated users"))
     for row in rows:
-        low, high = row["interval"]
-        table.add_row(
-            row["arm"],
-            row["model"],
-            " → ".join(f"{share:.0%}" for share in row["share_over_time"]),
-            f"{row['mean']:.2f}  [{low:.2f}, {high:.2f}]",
-            f"{row['p_best']:.3f}",
-            ", ".join(f"{count} {kind}" for kind, count in row["moved_by"].items()) or "nothing",
-        )
-    show.console.print(table)
+        shares = " → ".join(f"{share:.0%}" for share in row["share_over_time"])
+        console.print(f"[bold]{row['arm']}[/] served of the sessions, over time: {shares}")
     did = ", ".join(f"{what} {count} times" for what, count in progress.did.items())
-    show.console.print(f"The users are simulated: they {did}. Every answer came from a real vLLM.")
+    console.print(f"The users are simulated: they {did}. Every answer came from a real vLLM.")
     for failure in progress.failures[:5]:
-        show.console.print(f"[red]failed:[/] {failure}")
+        console.print(f"[red]failed:[/] {failure}")

@@ -1,0 +1,32 @@
+"""The benchmarks run and say what they should. Their numbers are not looked at: machines differ."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(BENCH / script), *words], capture_output=True, text=True, timeout=120)
+
+
+def test_gateway_load_measures_direct_and_ours_and_says_what_is_not_installed() -> None:
+    words = ["--quick", "--json", "--only", "direct,understudy,vllm-router", "--litellm-python", "/nowhere/python"]
+    done = run("gateway_load.py", *words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["errors"] == 0
+    assert set(found["results"]) | set(found["not_installed"]) == {"direct", "understudy", "vllm-router"}
+    for shape in found["results"]["understudy"]["shapes"].values():
+        assert shape["cpu_us"]["total"] >= shape["cpu_us"]["worker"] > 0
+        assert shape["added_p50_ms"] is not None
+
+
+def test_gateway_load_refuses_what_it_does_not_know() -> None:
+    done = run("gateway_load.py", "--only", "direct,nothing")
+    assert done.returncode == 2
+    assert "nothing is none of" in done.stderr

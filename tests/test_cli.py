@@ -1,0 +1,121 @@
+"""The command line, as a person or a script uses it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fake_vllm import FakeVllm
+
+from understudy.cli import main
+
+GOOD = """\
+state: sqlite:///{folder}/understudy.db
+routes:
+  assistant:
+    upstreams: [{url}]
+    arms: {{champion: {{model: base}}, challenger: {{model: good}}}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "understudy.yaml"
+    path.write_text(GOOD.format(folder=tmp_path, url="http://127.0.0.1:9"))
+    return path
+
+
+def test_wrong_usage_exits_2_and_says_where_the_help_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["nothing"], ["replay"], ["config"], ["arms", "--nothing"]):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        assert left.value.code == 2
+        assert "--help" in capsys.readouterr().err
+
+
+def test_config_check_names_line_key_and_the_nearest_key(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", "--config", str(config)]) == 0
+    config.write_text(config.read_text().replace("upstreams", "upstream"))
+    assert main(["config", "check", "--config", str(config)]) == 1
+    assert f'{config}:4: routes.assistant.upstream: unknown key; did you mean "upstreams"?' in capsys.readouterr().out
+    assert main(["config", "check", "--config", str(config), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"][0]["line"] == 4
+
+
+def test_a_missing_config_is_said_by_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = str(tmp_path / "none.yaml")
+    for words in (
+        ["serve"],
+        ["status"],
+        ["arms"],
+        ["config", "check"],
+        ["config", "explain"],
+        ["keys", "list"],
+        ["doctor"],
+    ):
+        assert main([*words, "--config", missing]) == 1
+        said = capsys.readouterr()
+        assert "none.yaml" in said.out + said.err
+
+
+def test_config_explain_shows_every_key_and_hides_secrets(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = config.read_text().replace("[http://127.0.0.1:9]", "[{url: http://127.0.0.1:9, api_key: hush}]")
+    config.write_text(text)
+    assert main(["config", "explain", "--config", str(config), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "hush" not in out
+    assert {"key", "value", "meaning", "source"} == set(json.loads(out)[0])
+
+
+def test_config_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["routes"]
+
+
+def test_status_and_arms_work_before_anything_was_served(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--config", str(config), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["controller"]["alive"] is False
+    assert main(["arms", "--config", str(config), "--json"]) == 0
+    arms = json.loads(capsys.readouterr().out)
+    assert [arm["arm"] for arm in arms] == ["champion", "challenger"]
+    assert all(arm["interval"][0] < arm["mean"] < arm["interval"][1] for arm in arms)
+    assert main(["arms", "--config", str(config)]) == 0
+    assert "champion" in capsys.readouterr().out
+
+
+def test_keys_are_made_listed_and_revoked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "create", "--tenant", "acme", "--config", str(config), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert main(["keys", "list", "--config", str(config), "--json"]) == 0
+    listed = capsys.readouterr().out
+    assert made["key"] not in listed
+    assert json.loads(listed)[0]["tenant"] == "acme"
+    assert main(["keys", "revoke", made["id"], "--config", str(config)]) == 0
+    assert main(["keys", "revoke", "key_none", "--config", str(config)]) == 1
+
+
+def test_doctor_finds_what_is_wrong(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--config", str(config)]) == 1
+    with FakeVllm(["base"]) as fake:
+        config.write_text(GOOD.format(folder=tmp_path, url=fake.url))
+        assert main(["doctor", "--config", str(config), "--json"]) == 1
+        out = capsys.readouterr().out
+        assert "does not serve good" in out
+    with FakeVllm(["base", "good"]) as fake:
+        config.write_text(GOOD.format(folder=tmp_path, url=fake.url))
+        assert main(["doctor", "--config", str(config)]) == 0
+
+
+def test_replay_says_which_line_is_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recording = tmp_path / "r.jsonl"
+    recording.write_text('{"user": 1, "messages": []}\n{"user": 1}\n')
+    assert main(["replay", str(recording), "--route", "assistant"]) == 1
+    assert "r.jsonl:2:" in capsys.readouterr().err
+
+
+def test_serve_says_that_the_port_is_taken(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeVllm(["base"]) as fake:
+        config.write_text(f"listen: {{port: {fake.port}}}\n" + config.read_text())
+        assert main(["serve", "--config", str(config)]) == 1
+        assert f"cannot listen on 127.0.0.1:{fake.port}" in capsys.readouterr().err
