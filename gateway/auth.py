@@ -19,6 +19,7 @@ from gateway.openai import ApiError, Ask, Fields, Metadata
 from router.store import ApiKey
 
 OPEN_TENANT = "default"
+SEEN_LIMIT = 10_000
 
 
 def new_key(tenant: str, role: str, now: float) -> tuple[str, ApiKey]:
@@ -72,6 +73,8 @@ class KeyRing:
             )
         caller = Caller(key.tenant, key.id, key.role, True) if key else Caller(OPEN_TENANT, digest[:16])
         if len(self._seen) > 10_000:
+            self._seen.clear()
+        if len(self._seen) >= SEEN_LIMIT:  # wrong keys are remembered too
             self._seen.clear()
         self._seen[authorization] = caller
         return caller
@@ -157,7 +160,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenSigner:
-    """Issues and checks feedback tokens: base64url(JSON) "." base64url(HMAC-SHA256, first 16 bytes).
+    """Issues and checks feedback tokens: base64url(JSON) "." base64url(keyed BLAKE2b, 16 bytes; RFC 7693).
 
     `keys`: id → secret, newest first. New tokens use the first; any verifies, so keys can be rotated.
     """
@@ -190,7 +193,7 @@ class TokenSigner:
 
 
 def _mac(key: bytes, payload: bytes) -> bytes:
-    return hmac.digest(key, payload, "sha256")[:16]
+    return hashlib.blake2b(payload, key=key[:64], digest_size=16).digest()
 
 
 def _b64(data: bytes) -> str:

@@ -7,6 +7,7 @@ an answer is refused; what was accepted is on disk before 202 is sent.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -70,7 +71,7 @@ def read_items(body: bytes) -> list[Item | Problem]:
             if is_list
             else [msgspec.json.decode(body, type=msgspec.Raw)]
         )
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
     if not items:
         raise ApiError(400, "the list is empty: send at least one feedback item")
@@ -82,7 +83,7 @@ def read_items(body: bytes) -> list[Item | Problem]:
 def _read_item(index: int, body: bytes) -> Item | Problem:
     try:
         return msgspec.json.decode(body, type=Item)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         reason, _, path = str(error).partition(" - at `$")
         return Problem(index, f"{reason}{' in ' + path.strip('`.') if path else ''}", path.strip("`.") or None)
 
@@ -199,7 +200,7 @@ def _value(item: Item) -> tuple[str | None, float | None]:
 def _number(value: object) -> float | None:
     if isinstance(value, bool):
         return float(value)
-    if isinstance(value, int | float) and math.isfinite(value):
+    if isinstance(value, int | float) and -sys.float_info.max <= value <= sys.float_info.max:
         return float(value)
     return None
 

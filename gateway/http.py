@@ -1,7 +1,10 @@
-"""uvicorn's HTTP/1.1 protocol with two things it lacks: a limit on a request's head, and errors in OpenAI's shape."""
+"""uvicorn's HTTP/1.1 protocol with what it lacks: a limit on a request's head, errors in OpenAI's shape, and an ASGI
+extension `understudy.leaving` that tells at once when the client leaves (a task that waits in `receive` for each
+request costs a sixth of the gateway's time)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -28,6 +31,16 @@ class _Protocol(HttpToolsProtocol):
         self._unparsed = 0
         self._parsed = 0
         self._too_large = False
+        self._told: Callable[[], None] | None = None
+
+    def leaving(self, told: Callable[[], None] | None) -> None:
+        """Call `told` when the client closes the connection; None to call nobody. One request at a time asks."""
+        self._told = told
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._told is not None:
+            self._told()
 
     def data_received(self, data: bytes) -> None:
         self._unparsed += len(data)
@@ -50,6 +63,7 @@ class _Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self.scope["extensions"] = {"understudy.leaving": self.leaving}  # type: ignore[dict-item]
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:

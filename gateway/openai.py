@@ -90,6 +90,7 @@ _messages = msgspec.json.Decoder(list[msgspec.Raw])
 def parse_request(body: bytes) -> tuple[Ask, Fields]:
     """The fields we read, and the whole body as raw slices. Raises `ApiError` 400 that names the field."""
     try:
+        body.decode()  # raw slices are not looked into, and must not carry what is no text into the journal
         ask = _ask.decode(body)
         fields = _fields.decode(body)
     except msgspec.ValidationError as error:
@@ -115,7 +116,7 @@ def with_system_prompt(fields: Fields, endpoint: str, prompt: str) -> None:
     if endpoint == "responses":
         fields["instructions"] = msgspec.Raw(raw)
     elif endpoint == "chat/completions" and "messages" in fields:
-        messages = _messages.decode(fields["messages"])
+        messages = _messages.decode(fields["messages"]) if bytes(fields["messages"]) != b"null" else []
         first = msgspec.json.decode(messages[0], type=Message) if messages else None
         if first is not None and first.role in ("system", "developer"):
             messages = messages[1:]
@@ -184,7 +185,7 @@ def read_answer(body: bytes) -> Answer:
     answer = Answer()
     try:
         _take(answer, _body.decode(body))
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         answer.unreadable = True
     return answer
 
@@ -197,7 +198,7 @@ def read_stream(body: bytes) -> Answer:
             continue
         try:
             chunk = _body.decode(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             answer.unreadable = True
             continue
         _take(answer, chunk, parts)
@@ -237,7 +238,8 @@ def _take(answer: Answer, body: _Body, parts: list[str] | None = None) -> None:
     if parts is not None and body.type == "response.output_text.delta" and isinstance(body.delta, str):
         parts.append(body.delta)
     for item in body.output:
-        for part in item.get("content") or ():
+        content = item.get("content")
+        for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and isinstance(part.get("text"), str):
                 answer.text += part["text"]
     status = body.response.status if body.response else (body.status if body.output else None)
@@ -250,15 +252,20 @@ def _take_tool_calls(answer: Answer, calls: object) -> None:
         return
     by_index = {call["index"]: call for call in answer.tool_calls}
     for place, call in enumerate(calls):
-        index = call.get("index", place)
+        if not isinstance(call, dict):
+            continue
+        index = call.get("index")
+        index = index if isinstance(index, int) else place
         kept = by_index.get(index)
         if kept is None:
             kept = by_index[index] = {"index": index, "id": None, "name": "", "arguments": ""}
             answer.tool_calls = [*answer.tool_calls, kept]
-        function = call.get("function") or {}
+        function = call.get("function")
+        function = function if isinstance(function, dict) else {}
         kept["id"] = call.get("id") or kept["id"]
         kept["name"] = function.get("name") or kept["name"]
-        kept["arguments"] += function.get("arguments") or ""
+        arguments = function.get("arguments")
+        kept["arguments"] += arguments if isinstance(arguments, str) else ""
 
 
 class UsageFilter:
@@ -298,6 +305,6 @@ def _usage_only(event: bytes) -> bool:
         return False
     try:
         body = _body.decode(event.removeprefix(b"data:"))
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return False
     return not body.choices and body.usage is not None

@@ -108,7 +108,7 @@ class Visit:
     def begin_trace(self) -> None:
         """Join the caller's trace (W3C Trace Context), or begin one."""
         parent = self.headers.get(b"traceparent", b"").decode("latin-1").split("-")
-        if len(parent) >= 4 and len(parent[1]) == 32 and len(parent[2]) == 16 and parent[0] != "ff":
+        if len(parent) >= 4 and parent[0] != "ff" and _is_id(parent[1], 32) and _is_id(parent[2], 16):
             self.trace_id, self.parent_span_id = parent[1], parent[2]
         else:
             self.trace_id = os.urandom(16).hex()
@@ -169,7 +169,7 @@ class Proxy:
         in_flight = self._metrics.in_flight.labels(route.name)
         in_flight.inc()
         try:
-            await self._answer(visit, route, arm, fields, who, strip_usage, receive, send)
+            await self._answer(visit, route, arm, fields, who, strip_usage, scope, send)
         finally:
             in_flight.dec()
             self._record(visit, route, arm, choice, recalled, who, ask, messages)
@@ -203,32 +203,31 @@ class Proxy:
         fields: Fields,
         who: Identity,
         strip_usage: bool,
-        receive: Receive,
+        scope: Scope,
         send: Send,
     ) -> None:
         """Ask and relay, until the answer ends, the upstream fails or the client leaves."""
         task = asyncio.current_task()
         assert task is not None
 
-        def leave(watching: asyncio.Task[None]) -> None:
-            if not watching.cancelled():
-                visit.left = True
-                task.cancel()
+        def leave() -> None:
+            visit.left = True
+            task.cancel()
 
-        watcher = asyncio.ensure_future(_client_leaves(receive))
-        watcher.add_done_callback(leave)
+        watch = scope["extensions"]["understudy.leaving"]
+        watch(leave)
         reply: Reading | None = None
         try:
             reply = await self._ask(visit, route, arm, fields, who)
             headers = self._headers(visit, reply, who)
             if _is_stream(reply):
                 visit.stream = True
-                await self._relay_stream(visit, reply, headers, UsageFilter() if strip_usage else None, watcher, send)
+                await self._relay_stream(visit, reply, headers, UsageFilter() if strip_usage else None, send)
             else:
-                await self._relay_whole(visit, reply, headers, watcher, send)
+                await self._relay_whole(visit, reply, headers, send)
         except UpstreamError as error:
             visit.status, visit.error = error.status, error.kind
-            watcher.remove_done_callback(leave)
+            watch(None)
             await send_error(
                 send,
                 ApiError(error.status, str(error), type="upstream_error", code=error.kind),
@@ -244,8 +243,7 @@ class Proxy:
             visit.error = "internal"
             raise
         finally:
-            watcher.remove_done_callback(leave)
-            watcher.cancel()
+            watch(None)
             if reply is not None:
                 reply.abort()
 
@@ -284,7 +282,6 @@ class Proxy:
         reply: Reading,
         headers: list[tuple[bytes, bytes]],
         usage: UsageFilter | None,
-        watcher: asyncio.Task[None],
         send: Send,
     ) -> None:
         """Pass on each piece as it comes. Its first piece is here already, so the head may go out."""
@@ -306,7 +303,6 @@ class Proxy:
             rest = (b"" if usage is not None else b"\n\n") + b"data: %b\n\n" % error_body(
                 str(error), "upstream_error", code=error.kind
             )
-        watcher.cancel()
         await send({"type": "http.response.body", "body": rest})
 
     async def _relay_whole(
@@ -314,7 +310,6 @@ class Proxy:
         visit: Visit,
         reply: Reading,
         headers: list[tuple[bytes, bytes]],
-        watcher: asyncio.Task[None],
         send: Send,
     ) -> None:
         """Read all, then send: an upstream that dies in the middle still becomes a proper error."""
@@ -325,7 +320,6 @@ class Proxy:
         if reply.status >= 400:
             visit.error = "upstream_error"
         headers.append((b"content-length", b"%d" % len(body)))
-        watcher.cancel()
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -359,7 +353,7 @@ class Proxy:
         error = visit.error
         if error is None and (answer.failed or (answer.unreadable and visit.copied < COPY_LIMIT)):
             error = "upstream_error" if answer.failed else "upstream_garbage"
-        kept, redacted = self._capture.keep(messages, answer.text, answer.tool_calls)
+        kept, redacted = self._capture.keep(_readable(messages), answer.text, answer.tool_calls)
         said = who.metadata
         fact = Interaction(
             event_id=new_id(),
@@ -461,18 +455,29 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body is larger than {limit} bytes, the limit here (`listen.max_body`)", code="too_large")
 
 
-async def _client_leaves(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def _is_stream(reply: Reading) -> bool:
     kind = next((value for key, value in reply.headers if key == b"content-type"), b"")
     return reply.status < 400 and kind.startswith(b"text/event-stream")
 
 
+def _readable(raw: msgspec.Raw | None) -> msgspec.Raw | None:
+    """`raw`, or None if the journal's readers could not read it (a number like 1e999, or nested too deep)."""
+    if raw is None:
+        return None
+    try:
+        msgspec.json.decode(b"[" * 64 + bytes(raw) + b"]" * 64)  # they may stand deeper than we do
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    return raw
+
+
+def _is_id(text: str, length: int) -> bool:
+    """An id as W3C Trace Context writes it: lower-case hex, not all zeros."""
+    return len(text) == length and set(text) <= set("0123456789abcdef") and text.strip("0") != ""
+
+
 def _count(value: bytes | None) -> int:
-    return int(value) if value is not None and value.isdigit() else 0
+    return int(value[:18]) if value is not None and value.isdigit() else 0
 
 
 def _ids(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

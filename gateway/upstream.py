@@ -160,11 +160,17 @@ class _Connection(asyncio.Protocol):
 
     # The exchange
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes, timeout: float) -> bool:
+        """Hand `data` over to the system. False if it was not taken within `timeout` s."""
         assert self.transport is not None
         self.transport.write(data)
         if self._drained is not None:
-            await self._drained
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._drained
+            except TimeoutError:
+                return False
+        return True
 
     async def wait(self, timeout: float) -> bool:
         """Until there is a piece of body, or the end. False if `timeout` s passed without."""
@@ -294,8 +300,8 @@ class Replica:
                 connection = self._pooled() or await self._connect(timeouts.connect)
                 fresh = connection.used == 0
                 connection.used += 1
-                await connection.send(data)
-                if not await connection.wait(timeouts.first_byte):
+                sent = await connection.send(data, timeouts.first_byte)
+                if not sent or not await connection.wait(timeouts.first_byte):
                     raise TimedOut(f"{self.url} sent no byte of an answer within {timeouts.first_byte:g} s")
                 if connection.head_done and (connection.body or connection.complete):
                     self.failures = 0
@@ -336,7 +342,7 @@ class Replica:
     def _failed(self) -> None:
         """Back off: 0.5 s, 1 s, 2 s … 8 s before this replica is tried before others again."""
         self.failures += 1
-        self.down_until = time.monotonic() + min(8.0, 0.25 * 2**self.failures)
+        self.down_until = time.monotonic() + min(8.0, 0.25 * 2 ** min(self.failures, 5))
 
     def give_back(self, connection: _Connection) -> None:
         self.in_flight -= 1

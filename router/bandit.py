@@ -26,8 +26,8 @@ PRIOR_VARIANCE = 0.25
 """Variance of a reward in [0, 1] at its most uncertain (a fair coin)."""
 PRIOR_VARIANCE_MASS = 4.0
 
-_NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
-_NODE_WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
+_STEPS = np.linspace(-6.0, 6.0, 97)
+"""Where each arm's distribution is sampled, in standard deviations from its mean."""
 
 Floats = NDArray[np.float64]
 
@@ -81,15 +81,19 @@ def _pooled_variance(sums: Sequence[Sums]) -> float:
 
 
 def probability_best(beliefs: Sequence[Posterior]) -> Floats:
-    """P(arm i has the highest mean), shape [K], sums to 1; by 32-point Gauss-Hermite quadrature over each arm."""
+    """P(arm i has the highest mean), shape [K], sums to 1; to 1e-3 however different the arms' sds are.
+
+    Sums P(mean i in cell) × Π P(mean j below it) over a grid that is fine wherever any arm's distribution is.
+    """
     if len(beliefs) == 1:
         return np.ones(1)
     means = np.array([b.mean for b in beliefs])
     sds = np.array([max(b.sd, 1e-9) for b in beliefs])
-    points = means[:, None] + sds[:, None] * _NODES  # [K, 32]
-    below = _normal_cdf((points[:, None, :] - means[None, :, None]) / sds[None, :, None])  # [K, K, 32]
-    others = np.where(np.eye(len(beliefs), dtype=bool)[:, :, None], 1.0, below)
-    best: Floats = others.prod(axis=1) @ _NODE_WEIGHTS
+    grid = np.sort((means[:, None] + sds[:, None] * _STEPS).ravel())
+    below = _normal_cdf((grid - means[:, None]) / sds[:, None])  # [K, points]
+    midway = (below[:, 1:] + below[:, :-1]) / 2
+    others = np.where(np.eye(len(beliefs), dtype=bool)[:, :, None], 1.0, midway)  # [K, K, cells]
+    best: Floats = (np.diff(below, axis=1) * others.prod(axis=1)).sum(axis=1)
     shares: Floats = best / best.sum()
     return shares
 
@@ -134,8 +138,11 @@ def draw(snapshot: Snapshot, u: float, segment: str = "") -> Choice:
     in_holdout = u < h
     rest = u / h if in_holdout else (u - h) / (1.0 - h)
     arm, passed = "", 0.0
-    for arm, weight in weights.items():  # noqa: B007  the last arm takes what rounding leaves over
-        passed += 1.0 / k if in_holdout else weight
+    for name, weight in weights.items():
+        share = 1.0 / k if in_holdout else weight
+        passed += share
+        if share > 0.0:
+            arm = name  # the last arm that has a share takes what rounding leaves over
         if rest < passed:
             break
     propensity = h / k + (1.0 - h) * weights[arm]

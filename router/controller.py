@@ -22,7 +22,7 @@ from router.policy import Arm, Reward, Split, Thompson
 from router.reward import session_reward
 from router.store import Store
 from telemetry.errors import Fenced, StateError
-from telemetry.events import Fact, Interaction
+from telemetry.events import Fact, Interaction, Signal
 from telemetry.journal import Journal
 from telemetry.signals import regenerated
 
@@ -30,6 +30,11 @@ log = logging.getLogger("understudy.controller")
 
 LEASE_SECONDS = 4.0
 BATCH = 1000
+
+Session = tuple[str, str]
+"""Tenant, session."""
+Requests = Mapping[Session, list[tuple[int, Interaction]]]
+"""Of each session, its requests with their sequence numbers, oldest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,44 +86,61 @@ class Controller:
             read = 0  # another journal than the one this mark was made on
         facts = self._journal.read(read, BATCH)
         if facts:
-            self._hear(fact for _, fact in facts)
-            for tenant, session in self._touched(fact for _, fact in facts):
-                self._settle(tenant, session, lease.token)
+            sessions = self._journal.sessions(self._touched(fact for _, fact in facts))
+            self._hear([fact for _, fact in facts if isinstance(fact, Interaction)], sessions)
+            self._settle(sessions, lease.token)
         for route in self.routes.values():
             self._publish(route, now, lease.token)
         if facts:
             self._store.mark("journal", facts[-1][0], lease.token)
         return len(facts) == BATCH
 
-    def _hear(self, facts: Iterable[Fact]) -> None:
-        """Journal the signals that new requests give about earlier answers."""
-        for fact in facts:
-            if isinstance(fact, Interaction):
-                earlier = [i for _, i in self._journal.interactions_of(fact.tenant, fact.session)]
-                signal = regenerated([i for i in earlier if i.route == fact.route], fact)
-                if signal is not None and not self._journal.has_event(signal.event_id):
-                    self._journal.append([signal])
-
-    def _touched(self, facts: Iterable[Fact]) -> list[tuple[str, str]]:
+    def _touched(self, facts: Iterable[Fact]) -> list[Session]:
         """The sessions whose reward may have changed; a signal whose answer is not known yet touches none."""
-        sessions: dict[tuple[str, str], None] = {}
+        sessions: dict[Session, None] = {}
         for fact in facts:
             about = [fact] if isinstance(fact, Interaction) else [i for _, i in self._journal.answers(fact)]
             sessions.update({(i.tenant, i.session): None for i in about})
         return list(sessions)
 
-    def _settle(self, tenant: str, session: str, token: int) -> None:
-        """Bring a session's contribution to each route's sums up to date."""
-        kept = self._journal.interactions_of(tenant, session)
-        signals = self._journal.signals_about([i for _, i in kept])
-        for name in {i.route for _, i in kept} & self.routes.keys():
-            interactions = [(seq, i) for seq, i in kept if i.route == name]
+    def _hear(self, new: Iterable[Interaction], sessions: Requests) -> None:
+        """Journal the signals that new requests give about earlier answers."""
+        for fact in new:
+            earlier = [i for _, i in sessions[fact.tenant, fact.session] if i.route == fact.route]
+            signal = regenerated(earlier, fact)
+            if signal is not None and not self._journal.has_event(signal.event_id):
+                self._journal.append([signal])
+
+    def _settle(self, sessions: Requests, token: int) -> None:
+        """Bring the sessions' contributions to each route's sums up to date."""
+        signals = self._journal.signals_about(i for requests in sessions.values() for _, i in requests)
+        session_of = {
+            (tenant, name): session
+            for (tenant, session), requests in sessions.items()
+            for _, i in requests
+            for name in (i.request_id, i.response_id, i.trace_id)
+            if name
+        }
+        heard: dict[Session, list[tuple[int, Signal]]] = {}
+        for seq, s in signals:
+            name = s.response_id or s.trace_id
+            session = session_of.get((s.tenant, name)) if name else s.session
+            if session is not None:
+                heard.setdefault((s.tenant, session), []).append((seq, s))
+        for key, about in heard.items():  # a session without any signal has nothing to contribute, nor to take back
+            self._settle_one(key, sessions[key], about, token)
+
+    def _settle_one(
+        self, key: Session, requests: list[tuple[int, Interaction]], signals: list[tuple[int, Signal]], token: int
+    ) -> None:
+        for name in {i.route for _, i in requests} & self.routes.keys():
+            interactions = [(seq, i) for seq, i in requests if i.route == name]
             revision = max(seq for seq, _ in (*interactions, *signals))
             reward = session_reward(
                 [i for _, i in interactions], [s for _, s in signals], self.routes[name].reward.signals
             )
             contribution = reward.contribution() if reward else {}
-            self._store.apply(name, f"{tenant}/{session}", revision, contribution, token)
+            self._store.apply(name, "/".join(key), revision, contribution, token)
 
     def _publish(self, route: RoutePlan, now: float, token: int) -> None:
         """Publish the route's weights if they moved."""

@@ -12,7 +12,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -81,7 +81,9 @@ class Journal:
 
     def interactions_of(self, tenant: str, session: str) -> list[tuple[int, Interaction]]:
         """A session's requests on all routes, oldest first."""
-        rows = self._select("WHERE tenant = ? AND session = ? AND type = 'interaction' ORDER BY seq", (tenant, session))
+        rows = self._select(
+            "WHERE tenant = ? AND session = ? AND type = 'interaction' ORDER BY at, seq", (tenant, session)
+        )
         return [(seq, fact) for seq, fact in rows if isinstance(fact, Interaction)]
 
     def answers(self, signal: Signal) -> list[tuple[int, Interaction]]:
@@ -100,19 +102,41 @@ class Journal:
             found |= {seq: fact for seq, fact in rows if isinstance(fact, Interaction)}
         return sorted(found.items())
 
-    def signals_about(self, interactions: Sequence[Interaction]) -> list[tuple[int, Signal]]:
-        """Every signal about one of `interactions` (of one session), by answer, by trace or by session."""
+    def sessions(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[tuple[int, Interaction]]]:
+        """Of each (tenant, session): its requests on all routes, oldest first."""
+        found: dict[tuple[str, str], list[tuple[int, Interaction]]] = {}
+        for seq, fact in self._about("interaction", "session", keys):
+            if isinstance(fact, Interaction):
+                found.setdefault((fact.tenant, fact.session), []).append((seq, fact))
+        for requests in found.values():
+            requests.sort(key=lambda row: (row[1].at, row[0]))
+        return found
+
+    def signals_about(self, interactions: Iterable[Interaction]) -> list[tuple[int, Signal]]:
+        """Every signal about one of `interactions`, by answer, by trace or by session, in order of arrival."""
+        names: dict[str, dict[tuple[str, str], None]] = {"response_id": {}, "trace_id": {}, "session": {}}
+        for i in interactions:
+            names["response_id"] |= {(i.tenant, name): None for name in (i.request_id, i.response_id) if name}
+            names["trace_id"] |= {(i.tenant, i.trace_id): None} if i.trace_id else {}
+            names["session"][i.tenant, i.session] = None
         found: dict[int, Signal] = {}
-        for column, names in (
-            ("response_id", {i.response_id for i in interactions} | {i.request_id for i in interactions}),
-            ("trace_id", {i.trace_id for i in interactions}),
-            ("session", {i.session for i in interactions}),
-        ):
-            for name in filter(None, names):
-                where = f"WHERE {column} = ? AND tenant = ? AND type = 'signal'"
-                rows = self._select(where, (name, interactions[0].tenant))
-                found |= {seq: fact for seq, fact in rows if isinstance(fact, Signal)}
+        for column, keys in names.items():
+            found |= {seq: fact for seq, fact in self._about("signal", column, keys) if isinstance(fact, Signal)}
         return sorted(found.items())
+
+    def _about(self, kind: str, column: str, keys: Iterable[tuple[str, str]]) -> Iterator[tuple[int, Fact]]:
+        """The facts of a kind whose (tenant, `column`) is one of `keys`."""
+        by_tenant: dict[str, list[str]] = {}
+        for tenant, name in keys:
+            by_tenant.setdefault(tenant, []).append(name)
+        for tenant, wanted in by_tenant.items():
+            for start in range(0, len(wanted), 500):  # SQLite takes some thousand parameters
+                part = wanted[start : start + 500]
+                marks = ", ".join("?" * len(part))
+                # "+" keeps the planner from the index on (tenant, session) where `column` has its own.
+                own = "tenant" if column == "session" else "+tenant"
+                where = f"WHERE {own} = ? AND {column} IN ({marks}) AND type = ?"
+                yield from self._select(where, (tenant, *part, kind))
 
     def recent(self, since: float, limit: int = 100_000) -> list[tuple[int, Fact]]:
         """The newest `limit` facts not older than `since`, oldest first."""
@@ -155,7 +179,7 @@ def _row(fact: Fact) -> tuple[object, ...]:
 class JournalWriter:
     """A thread that writes what is put, in batches. `put` never blocks; `put_durably` resolves once on disk."""
 
-    LINGER = 0.02
+    LINGER = 0.05
     """Seconds a batch of interactions may wait for company; durable puts do not wait."""
     BATCH = 2000
 

@@ -48,6 +48,8 @@ def connect(path: Path, owner: str, migrations: Sequence[str], *, durable: bool 
         db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: hot ones are rewritten often, copy them seldom
+            db.execute("PRAGMA cache_size = -16384")  # KiB: the ends of all indexes stay in memory
             db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             _migrate(db, path, owner, migrations)
         except BaseException:

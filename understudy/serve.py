@@ -19,6 +19,9 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import uvicorn
+
+from gateway.http import protocol
 from telemetry.errors import StateError, StateUnavailable
 from understudy.compose import build_controller, build_gateway, open_store
 from understudy.settings import Settings, load
@@ -105,14 +108,15 @@ class _Member:
 
 
 def _worker(parent: int, config: str, listening: socket.socket) -> None:
-    import uvicorn
-
-    from gateway.http import protocol
-
     _configure_logging()
     settings = load(config)
     _leave_with(parent)
-    uvicorn.Server(
+    server(settings).run(sockets=[listening])
+
+
+def server(settings: Settings) -> uvicorn.Server:
+    """One worker's HTTP server, not started."""
+    return uvicorn.Server(
         uvicorn.Config(
             build_gateway(settings),
             loop="uvloop",
@@ -121,13 +125,14 @@ def _worker(parent: int, config: str, listening: socket.socket) -> None:
             access_log=False,
             log_config=None,
             log_level="warning",
+            proxy_headers=False,
             server_header=False,
             date_header=False,
             timeout_graceful_shutdown=int(DRAIN),
             timeout_keep_alive=75,
             backlog=4096,
         )
-    ).run(sockets=[listening])
+    )
 
 
 def _controller(parent: int, config: str) -> None:
