@@ -19,10 +19,11 @@ from starlette.routing import Match
 from starlette.routing import Route as HttpRoute
 
 from gateway import feedback, providers
+from gateway.asgi import ClientLeft, Receive, Scope, Send, read_body, respond, send_error, send_json
 from gateway.auth import Caller, KeyRing, Pseudonyms, TokenSigner
 from gateway.metrics import Metrics
 from gateway.openai import ENDPOINTS, ApiError, error_body
-from gateway.proxy import ClientLeft, Proxy, Receive, Route, Scope, Send, read_body, send_error
+from gateway.proxy import Proxy, Route
 from gateway.sessions import Sessions
 from gateway.upstream import Timeouts, UpstreamError
 from router.arms import Snapshot
@@ -268,7 +269,7 @@ class _Gateway:
             if caller.role == "admin":
                 names += [f"{route.name}:{arm}" for arm in route.arms]
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "understudy"} for name in names]
-        await _send_json(send, 200, {"object": "list", "data": data})
+        await send_json(send, 200, {"object": "list", "data": data})
 
     async def feedback(self, scope: Scope, receive: Receive, send: Send) -> None:
         """202 once all that was accepted is on disk; a single bad item, or nothing but bad ones, is an error."""
@@ -292,7 +293,7 @@ class _Gateway:
                 first = problems[0]
                 where = f"item {first.index}: " if len(judged) > 1 else ""
                 kind = {401: "authentication_error", 403: "permission_error"}.get(first.status, "invalid_request_error")
-                raise ApiError(first.status, where + first.message, type=kind, param=first.param)
+                raise ApiError(first.status, where + first.message, type=kind, param=first.param, code=first.code)
             await self._journal.put_durably(signals)
         except ApiError as error:
             await send_error(send, error)
@@ -308,7 +309,7 @@ class _Gateway:
         body: dict[str, Any] = {"accepted": len(signals), "ids": [signal.event_id for signal in signals]}
         if problems:
             body["errors"] = problems
-        await _send_json(send, 202, body)
+        await send_json(send, 202, body)
 
     def _feedback_caller(self, headers: Mapping[bytes, bytes]) -> Caller | None:
         """Who sends feedback; None if nobody with a key does, and a token must speak instead."""
@@ -318,7 +319,7 @@ class _Gateway:
             return None
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _send_json(send, 200, {"status": "ok"})
+        await send_json(send, 200, {"status": "ok"})
 
     async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         """200 if every route has a replica that answers and facts can be written."""
@@ -330,7 +331,7 @@ class _Gateway:
         if self._journal.failing is not None:
             problems.append(f"journal: {self._journal.failing}")
         status = "ready" if not problems else "not ready"
-        await _send_json(send, 503 if problems else 200, {"status": status, "problems": problems})
+        await send_json(send, 503 if problems else 200, {"status": status, "problems": problems})
 
     async def metrics_page(self, scope: Scope, receive: Receive, send: Send) -> None:
         m = self._metrics
@@ -340,7 +341,7 @@ class _Gateway:
         for name, snapshot in self._sessions.snapshots.items():
             m.snapshot_version.labels(name).set(snapshot.version)
         page = await asyncio.to_thread(m.page)
-        await _send(send, 200, page, b"text/plain; version=0.0.4; charset=utf-8")
+        await respond(send, 200, page, b"text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _answers(replica: Any) -> bool:
@@ -350,13 +351,3 @@ async def _answers(replica: Any) -> bool:
     except UpstreamError:
         return False
     return True
-
-
-async def _send_json(send: Send, status: int, body: object) -> None:
-    await _send(send, status, msgspec.json.encode(body), b"application/json")
-
-
-async def _send(send: Send, status: int, body: bytes, kind: bytes) -> None:
-    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

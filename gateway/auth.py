@@ -72,8 +72,6 @@ class KeyRing:
                 code="invalid_api_key",
             )
         caller = Caller(key.tenant, key.id, key.role, True) if key else Caller(OPEN_TENANT, digest[:16])
-        if len(self._seen) > 10_000:
-            self._seen.clear()
         if len(self._seen) >= SEEN_LIMIT:  # wrong keys are remembered too
             self._seen.clear()
         self._seen[authorization] = caller

@@ -49,6 +49,7 @@ class Problem(msgspec.Struct, frozen=True):
     message: str
     param: str | None = None
     status: int = 400
+    code: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def to_signal(
     try:
         return _signal(item, caller, token, desk, now)
     except ApiError as error:
-        return Problem(index, str(error), error.param, error.status)
+        return Problem(index, str(error), error.param, error.status, error.code)
 
 
 def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, now: float) -> Signal:
@@ -103,7 +104,7 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
         raise ApiError(400, f"unknown kind `{item.kind[:50]}`; one of {', '.join(sorted(SIGNAL_KINDS))}", param="kind")
     if not (item.response_id or item.trace_id or item.session_id):
         raise ApiError(400, "name what it is about: response_id, trace_id or session_id", param="response_id")
-    if item.text is not None and len(item.text) > TEXT_LIMIT:
+    if len(_text(item) or "") > TEXT_LIMIT:
         raise ApiError(400, f"text is longer than {TEXT_LIMIT} characters", param="text")
     token = item.token or token
     claims = _claims(item, token, desk, now) if token else None
@@ -132,7 +133,7 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
         subject=subject,
         value=value,
         name=name,
-        text=desk.capture.line(item.text),
+        text=desk.capture.line(_text(item)),
         target=target,
         verified=claims is not None or (caller is not None and caller.keyed),
     )
@@ -174,7 +175,7 @@ def _value(item: Item) -> tuple[str | None, float | None]:
                 raise _wrong("a rating's value is a number from 1 to 5")
             return None, number
         case "correction":
-            if not (item.text or isinstance(value, str)):
+            if not _text(item):
                 raise ApiError(400, "a correction needs `text`: the answer as it should have been", param="text")
             return None, None
         case "dwell" | "first_action":
@@ -195,6 +196,11 @@ def _value(item: Item) -> tuple[str | None, float | None]:
             if value is not None and number is None and item.kind not in ("survey", "flag", "escalation", "comment"):
                 raise _wrong(f"the value of {item.kind} is a number, or left out")
             return item.name, number
+
+
+def _text(item: Item) -> str | None:
+    """What was written; a correction may stand in `value` as well."""
+    return item.value if item.kind == "correction" and not item.text and isinstance(item.value, str) else item.text
 
 
 def _number(value: object) -> float | None:

@@ -31,6 +31,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.param = param
+        self.code = code
         self.headers = headers
         self.body = error_body(message, type, param, code)
 

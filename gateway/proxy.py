@@ -10,12 +10,13 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
+from gateway.asgi import ClientLeft, Receive, Scope, Send, count, read_body, send_error
 from gateway.auth import Caller, Identity, KeyRing, Pseudonyms, TokenSigner, identify
 from gateway.metrics import Metrics
 from gateway.openai import (
@@ -39,10 +40,6 @@ from telemetry.events import Answerer, Interaction, new_id
 from telemetry.privacy import Capture
 
 log = logging.getLogger("understudy.gateway")
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 COPY_LIMIT = 4 * 1024 * 1024
 """Bytes of an answer that are kept to be read; a longer one is relayed whole and read in part."""
@@ -396,7 +393,7 @@ class Proxy:
             tokens_cached=answer.tokens_cached,
             first_byte=visit.first_byte,
             duration=time.perf_counter() - visit.started,
-            sdk_retry=_count(visit.headers.get(b"x-stainless-retry-count")),
+            sdk_retry=count(visit.headers.get(b"x-stainless-retry-count")),
             upstream=visit.upstream,
             attempts=visit.attempts,
             redacted=redacted,
@@ -423,38 +420,6 @@ def dress(fields: Fields, endpoint: str, ask: Ask, arm: Arm) -> bool:
     return True
 
 
-class ClientLeft(Exception):
-    """The client closed the connection before its request was complete."""
-
-
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
-    """The request's body. Raises `ApiError` 413 before more than `limit` bytes are held, and `ClientLeft`."""
-    if _count(headers.get(b"content-length")) > limit:
-        raise _too_large(limit)
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise ClientLeft
-    body: bytes = message.get("body", b"")
-    if not message.get("more_body") and len(body) <= limit:
-        return body
-    parts, size = [body], len(body)
-    while message.get("more_body"):
-        if size > limit:
-            break
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-    if size > limit:
-        raise _too_large(limit)
-    return b"".join(parts)
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {limit} bytes, the limit here (`listen.max_body`)", code="too_large")
-
-
 def _is_stream(reply: Reading) -> bool:
     kind = next((value for key, value in reply.headers if key == b"content-type"), b"")
     return reply.status < 400 and kind.startswith(b"text/event-stream")
@@ -476,28 +441,8 @@ def _is_id(text: str, length: int) -> bool:
     return len(text) == length and set(text) <= set("0123456789abcdef") and text.strip("0") != ""
 
 
-def _count(value: bytes | None) -> int:
-    return int(value[:18]) if value is not None and value.isdigit() else 0
-
-
 def _ids(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """OpenAI's metadata holds strings only, so lists come separated by commas."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value or ()
-
-
-async def send_error(send: Send, error: ApiError, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    await send(
-        {
-            "type": "http.response.start",
-            "status": error.status,
-            "headers": [
-                (b"content-type", b"application/json"),
-                (b"content-length", b"%d" % len(error.body)),
-                *error.headers,
-                *(headers or ()),
-            ],
-        }
-    )
-    await send({"type": "http.response.body", "body": error.body})

@@ -355,7 +355,11 @@ def test_a_stream_cut_anywhere_reaches_the_client_byte_for_byte(
     [
         (
             "chat/completions",
-            {"messages": [{"role": "user", "content": "né 🙂"}], "stream": True, "stream_options": {"include_usage": True}},
+            {
+                "messages": [{"role": "user", "content": "né 🙂"}],
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            },
         ),
         ("chat/completions", {"messages": [{"role": "user", "content": "né 🙂"}]}),
         ("completions", {"prompt": "né 🙂", "stream": True, "stream_options": {"include_usage": True}}),
