@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from router.arms import Choice, Snapshot
 from router.bandit import draw, unit_hash
-from router.store import Assignment, Store
+from router.store import Assignment, Store, session_key
 from telemetry.errors import StateError
 
 log = logging.getLogger("understudy.gateway")
@@ -41,7 +41,7 @@ class Sessions:
         self, route: str, tenant: str, session: str, *, begun: bool, arms: Mapping[str, object]
     ) -> tuple[Choice, bool]:
         """The session's arm on `route`, and whether it was recalled. `begun`: the request has an earlier answer."""
-        key = (route, f"{tenant}/{session}")
+        key = (route, session_key(tenant, session))
         choice = self._cache.get(key)
         if choice is None and begun:
             choice = await self._recall(*key)

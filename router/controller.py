@@ -20,7 +20,7 @@ from router.arms import Snapshot
 from router.bandit import discounted, thompson_weights
 from router.policy import Arm, Reward, Split, Thompson
 from router.reward import session_reward
-from router.store import Store
+from router.store import Store, session_key
 from telemetry.errors import Fenced, StateError
 from telemetry.events import Fact, Interaction, Signal
 from telemetry.journal import Journal
@@ -140,7 +140,7 @@ class Controller:
                 [i for _, i in interactions], [s for _, s in signals], self.routes[name].reward.signals
             )
             contribution = reward.contribution() if reward else {}
-            self._store.apply(name, "/".join(key), revision, contribution, token)
+            self._store.apply(name, session_key(*key), revision, contribution, token)
 
     def _publish(self, route: RoutePlan, now: float, token: int) -> None:
         """Publish the route's weights if they moved."""

@@ -49,18 +49,25 @@ def score(signal: Signal) -> float | None:
             return 1.0
 
 
-def counted(signals: Iterable[Signal]) -> list[Signal]:
-    """Of signals in order of arrival, those that count: the last of each event id and each (answer, kind, subject)."""
-    slots: dict[tuple[object, ...], Signal] = {}
+def counted(signals: Iterable[Signal], answer_of: Mapping[str, str]) -> list[tuple[str, Signal]]:
+    """Of signals in order of arrival, those that count, each with the answer (or "session") that it is about.
+
+    The last one of each event id and of each (answer, kind, name, subject) counts. `answer_of`: an answer by any
+    of its names; a signal about one that is not there does not count.
+    """
+    slots: dict[tuple[object, ...], tuple[str, Signal]] = {}
     slot_of: dict[str, tuple[object, ...]] = {}
     for signal in signals:
-        about = signal.response_id or signal.trace_id or signal.session
-        slot = (about, signal.kind, signal.name, signal.subject)
+        named = signal.response_id or signal.trace_id
+        answer = answer_of.get(named) if named else "session"
+        if answer is None:
+            continue
+        slot = (answer, signal.kind, signal.name, signal.subject)
         before = slot_of.get(signal.event_id)
         if before is not None and before != slot:
             slots.pop(before, None)
         slot_of[signal.event_id] = slot
-        slots[slot] = signal
+        slots[slot] = answer, signal
     return list(slots.values())
 
 
@@ -70,7 +77,8 @@ def session_reward(
     """The reward of one session on one route; None while there is no evidence.
 
     `interactions`: oldest first. `signals`: all signals about them, in order of arrival. `weights`: by kind.
-    Answers that failed, and those that an operator pinned to an arm, are no evidence about an arm's quality.
+    Answers that failed, and those that an operator pinned to an arm, are no evidence about an arm's quality. A
+    verdict on the whole session stands beside those on its answers.
     """
     answers = [i for i in interactions if i.error in (None, "client_left") and i.answerer.policy != "pinned"]
     if not answers:
@@ -78,14 +86,9 @@ def session_reward(
     known = {name: i.event_id for i in answers for name in (i.request_id, i.response_id, i.trace_id) if name}
     evidence: dict[str, float] = {}
     moved_by: dict[str, int] = {}
-    for signal in counted(signals):
+    for answer, signal in counted(signals, known):
         weight, sign = weights.get(signal.kind), score(signal)
         if weight is None or sign is None:
-            continue
-        answer = known.get(signal.response_id or signal.trace_id or "")
-        if answer is None and not (signal.response_id or signal.trace_id):
-            answer = "session"  # a verdict on the whole session stands beside those on its answers
-        if answer is None:
             continue
         evidence[answer] = evidence.get(answer, 0.0) + weight * sign
         moved_by[signal.kind] = moved_by.get(signal.kind, 0) + 1

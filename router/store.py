@@ -35,6 +35,11 @@ class Lease(msgspec.Struct, frozen=True):
     expires: float
 
 
+def session_key(tenant: str, session: str) -> str:
+    """The name under which a store keeps a tenant's session; no two of them share one."""
+    return f"{len(tenant)}:{tenant}/{session}"
+
+
 Assignment = tuple[str, str, Choice]
 """Route, session, and the arm it drew."""
 
