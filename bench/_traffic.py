@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -167,13 +168,14 @@ class Load:
 
 @dataclass(slots=True)
 class Tally:
-    """What came back. Latencies are seconds, from the time a request was due to its last byte."""
+    """What came back. Latencies (`p50`, `p99`) are seconds, from the time a request was due to its last byte."""
 
     answered: int = 0
     errors: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
-    latencies: list[float] = field(default_factory=list)
+    p50: float = math.nan
+    p99: float = math.nan
 
     def fail(self, reason: str) -> None:
         self.errors += 1
@@ -243,6 +245,7 @@ class Crowd:
     def __init__(self, load: Load) -> None:
         self.load = load
         self.tally = Tally()
+        self._latencies: list[float] = []
         self._loop = asyncio.get_running_loop()
         self._free: list[Client] = []
         self._clients: list[Client] = []
@@ -265,6 +268,8 @@ class Crowd:
                 self._send(client, time.perf_counter())
         await self._finish()
         self.tally.seconds = time.perf_counter() - began
+        if ordered := sorted(self._latencies):
+            self.tally.p50, self.tally.p99 = (ordered[int(q * len(ordered))] for q in (0.50, 0.99))
         for client in self._clients:
             client.close()
         return self.tally
@@ -300,7 +305,7 @@ class Crowd:
         now = time.perf_counter()
         if reason is None:
             self.tally.answered += 1
-            self.tally.latencies.append(now - due)
+            self._latencies.append(now - due)
         else:
             self.tally.fail(reason)
         if self.tally.answered + self.tally.errors >= self.load.requests:

@@ -103,16 +103,11 @@ def measure(target: Target, shape: str, generator: Generator, options: argparse.
     return Sample(
         {role: seconds / answered * 1e6 for role, seconds in spent.items()},
         closed.answered / closed.seconds if closed.seconds else 0.0,
-        quantile(paced.latencies, 0.50) * 1e3,
-        quantile(paced.latencies, 0.99) * 1e3,
+        paced.p50 * 1e3,
+        paced.p99 * 1e3,
         closed.errors + paced.errors,
         reasons,
     )
-
-
-def quantile(values: list[float], q: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else math.nan
 
 
 def warm_up(target: Target, generator: Generator, options: argparse.Namespace) -> None:

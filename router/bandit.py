@@ -1,8 +1,7 @@
 """Gaussian Thompson sampling on session rewards, as arithmetic: sums in, weights out. No I/O, no clock.
 
-An arm's mean reward has the conjugate posterior N(m, v) with m = (κμ₀ + Σwr) / (κ + Σw) and v = σ² / (κ + Σw),
-where μ₀ and κ are the prior's mean and mass (in sessions) and σ² the reward variance, pooled over arms and itself
-shrunk towards that of a prior (Murphy 2007, "Conjugate Bayesian analysis of the Gaussian distribution", §2-3).
+An arm's mean reward has a normal posterior (Murphy 2007, "Conjugate Bayesian analysis of the Gaussian
+distribution", §2) whose reward variance σ² is pooled over arms and shrunk towards a coin's; see `believe`.
 Instead of drawing from the posteriors on each request, we compute the probability that each arm is the best
 one (what Thompson sampling draws with), publish these as weights, and let each session draw from them by its
 hash: so the propensity of every decision is known exactly. Sums are additive, so their order does not matter.
@@ -15,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from router.arms import Cell, Choice, Snapshot, Sums
 
@@ -24,9 +23,13 @@ BUCKET = 3600
 
 PRIOR_VARIANCE = 0.25
 """Variance of a reward in [0, 1] at its most uncertain (a fair coin)."""
-PRIOR_VARIANCE_MASS = 4.0
+PRIOR_VARIANCE_MASS = 1.0
 
-_STEPS = np.linspace(-6.0, 6.0, 97)
+SIBLING_VARIANCE = 0.01
+"""Variance of an arm's mean between segments, before anything is known: they differ by about 0.1."""
+SIBLING_MASS = 50.0
+
+_STEPS = np.linspace(-6.0, 6.0, 65)
 """Where each arm's distribution is sampled, in standard deviations from its mean."""
 
 Floats = NDArray[np.float64]
@@ -62,40 +65,104 @@ def discounted(cells: Mapping[Cell, Sums], segment: str, now: float, half_life: 
     return totals
 
 
-def posteriors(arms: Sequence[str], sums: Mapping[str, Sums], mean: float, mass: float) -> dict[str, Posterior]:
-    """The posterior of each of `arms` under a prior N(mean, σ²/mass); arms without sums have just the prior."""
-    variance = _pooled_variance([sums[arm] for arm in arms if arm in sums])
-    beliefs = {}
-    for arm in arms:
-        seen = sums.get(arm, Sums())
-        total = mass + seen.n
-        beliefs[arm] = Posterior((mass * mean + seen.s) / total, float(np.sqrt(variance / total)), seen.n)
-    return beliefs
+def posteriors(arms: Sequence[str], sums: Mapping[str, Sums], mean: float | None, mass: float) -> dict[str, Posterior]:
+    """The posterior of each of `arms`; those without sums have just the prior. `mean` and `mass` as in `believe`."""
+    n, s, ss = (np.array([getattr(sums.get(arm, Sums()), part) for arm in arms]) for part in ("n", "s", "ss"))
+    means, sds = believe(n, s, ss, mean, mass)
+    rows = zip(arms, means.tolist(), sds.tolist(), n.tolist(), strict=True)
+    return {arm: Posterior(m, sd, seen) for arm, m, sd, seen in rows}
 
 
-def _pooled_variance(sums: Sequence[Sums]) -> float:
-    """Within-arm reward variance over all arms, shrunk to PRIOR_VARIANCE by PRIOR_VARIANCE_MASS sessions."""
-    squares = sum(max(0.0, s.ss - s.s * s.s / s.n) for s in sums if s.n > 0)
-    n = sum(s.n for s in sums)
-    return (PRIOR_VARIANCE * PRIOR_VARIANCE_MASS + squares) / (PRIOR_VARIANCE_MASS + n)
+def believe(n: Floats, s: Floats, ss: Floats, mean: float | None, mass: ArrayLike) -> tuple[Floats, Floats]:
+    """Means and sds of the posteriors from sums Σw, Σwr, Σwr², all of shape [..., K].
 
-
-def probability_best(beliefs: Sequence[Posterior]) -> Floats:
-    """P(arm i has the highest mean), shape [K], sums to 1; to 1e-3 however different the arms' sds are.
-
-    Sums P(mean i in cell) × Π P(mean j below it) over a grid that is fine wherever any arm's distribution is.
+    The prior of an arm is N(m, v), v that of `mass` tosses of a coin. `mean` is m; None says that it is itself
+    unknown, N(1/2, 1/4), and learned from all arms: a new arm is expected to be about as good as its siblings.
+    (With a fixed m far from the truth, the first arm that is heard looks better than all others will ever get to
+    look.)
     """
-    if len(beliefs) == 1:
-        return np.ones(1)
-    means = np.array([b.mean for b in beliefs])
-    sds = np.array([max(b.sd, 1e-9) for b in beliefs])
-    grid = np.sort((means[:, None] + sds[:, None] * _STEPS).ravel())
-    below = _normal_cdf((grid - means[:, None]) / sds[:, None])  # [K, points]
-    midway = (below[:, 1:] + below[:, :-1]) / 2
-    others = np.where(np.eye(len(beliefs), dtype=bool)[:, :, None], 1.0, midway)  # [K, K, cells]
-    best: Floats = (np.diff(below, axis=1) * others.prod(axis=1)).sum(axis=1)
-    shares: Floats = best / best.sum()
-    return shares
+    sigma2 = reward_variance(n, s, ss)[..., None]
+    means, variances = _among_siblings(n / sigma2, s / sigma2, mean, PRIOR_VARIANCE / np.asarray(mass, float))
+    return means, np.sqrt(variances)
+
+
+def _among_siblings(precision: Floats, weighted: Floats, mean: float | None, v: ArrayLike) -> tuple[Floats, Floats]:
+    """Means and variances of the arms' means, [..., K], from each one's own witness: its precision, and that times
+    its average. m is integrated out (Gelman et al. 2013, "Bayesian Data Analysis", §5.4)."""
+    v = np.asarray(v, float)
+    within = 1.0 / (precision + 1.0 / v)
+    if mean is not None:
+        return np.asarray(within * (weighted + mean / v)), np.asarray(within)
+    shrunk = within / v  # how much of an arm's own mean is m
+    total = 1.0 / PRIOR_VARIANCE + (precision * shrunk).sum(-1, keepdims=True)
+    centre = (0.5 / PRIOR_VARIANCE + (weighted * shrunk).sum(-1, keepdims=True)) / total
+    return np.asarray(within * weighted + shrunk * centre), np.asarray(within + shrunk**2 / total)
+
+
+def reward_variance(n: Floats, s: Floats, ss: Floats) -> Floats:
+    """Within-arm variance of rewards, pooled over the last axis: shrunk to that of a coin by a few sessions."""
+    squares = np.maximum(0.0, ss - s * s / np.maximum(n, 1e-12)).sum(-1)
+    return np.asarray((PRIOR_VARIANCE * PRIOR_VARIANCE_MASS + squares) / (PRIOR_VARIANCE_MASS + n.sum(-1)))
+
+
+def believe_segments(n: Floats, s: Floats, ss: Floats, mean: float | None, mass: ArrayLike) -> tuple[Floats, Floats]:
+    """Posteriors of K arms in S segments that are siblings; sums [S, K] in, means and sds [S + 1, K] out.
+
+    The last row is a segment nobody has seen yet. An arm's mean in a segment is N(μₐ, τ²), and μₐ its mean over
+    segments as in `believe`. Given μₐ a segment's posterior is normal, and so it stays when μₐ is drawn from its
+    own: weights made from it are those of drawing the arm's mean first, then the segment's. τ² is found by moments
+    (DerSimonian & Laird 1986), pooled over arms and shrunk to SIBLING_VARIANCE.
+    """
+    sigma2 = float(reward_variance(n.ravel(), s.ravel(), ss.ravel()))
+    n, s = np.vstack([n, np.zeros(n.shape[1])]), np.vstack([s, np.zeros(n.shape[1])])
+    averages = s / np.maximum(n, 1e-12)
+    tau2 = _sibling_variance(n, averages, sigma2)
+    weight = 1.0 / (tau2 + sigma2 / np.maximum(n, 1e-12))  # precision of a segment's average as a witness of μₐ
+    over, variance = _among_siblings(
+        weight.sum(0), (weight * averages).sum(0), mean, PRIOR_VARIANCE / np.asarray(mass, float)
+    )
+    within = 1.0 / (n / sigma2 + 1.0 / tau2)
+    return within * (s / sigma2 + over / tau2), np.sqrt(within + (within / tau2) ** 2 * variance)
+
+
+def _sibling_variance(n: Floats, averages: Floats, sigma2: float) -> float:
+    """τ², from sums [S, K] and averages [S, K]."""
+    totals = n.sum(0)
+    grand = (n * averages).sum(0) / np.maximum(totals, 1e-12)
+    excess = (n * (averages - grand) ** 2).sum(0) - np.maximum(0.0, (n > 0).sum(0) - 1.0) * sigma2
+    scale = totals - (n * n).sum(0) / np.maximum(totals, 1e-12)
+    found = (SIBLING_MASS * SIBLING_VARIANCE + excess.sum()) / (SIBLING_MASS + scale.sum())
+    return float(max(1e-4, found))
+
+
+def probability_best(means: Floats, sds: Floats) -> Floats:
+    """P(arm has the highest mean), shape [..., K], sums to 1; to 1e-3 however different the arms' sds are.
+
+    Σ over cells of P(own mean in the cell) · Π P(another's below it), on a grid that is fine wherever any arm's
+    distribution is. (Gauss-Hermite nodes of a wide arm would step over a narrow one.)
+    """
+    if means.shape[-1] == 1:
+        return np.ones_like(means)
+    width = np.maximum(sds, 1e-9)[..., None]
+    grid = means[..., None] + width * _STEPS  # [..., K, points]
+    grid = np.sort(grid.reshape(*means.shape[:-1], 1, -1), axis=-1)
+    below = _normal_cdf((grid - means[..., None]) / width)  # [..., K, all points]
+    cells = (below[..., 1:] + below[..., :-1]) / 2
+    best = (np.diff(below, axis=-1) * _product_of_others(cells)).sum(-1)
+    return np.asarray(best / best.sum(-1, keepdims=True))
+
+
+def best_of(beliefs: Sequence[Posterior]) -> Floats:
+    """`probability_best` of beliefs, shape [K]."""
+    return probability_best(np.array([b.mean for b in beliefs]), np.array([b.sd for b in beliefs]))
+
+
+def _product_of_others(values: Floats) -> Floats:
+    """For each row of axis -2 the product of the other rows."""
+    before, after = np.ones_like(values), np.ones_like(values)
+    np.cumprod(values[..., :-1, :], axis=-2, out=before[..., 1:, :])
+    np.cumprod(values[..., :0:-1, :], axis=-2, out=after[..., -2::-1, :])
+    return np.asarray(before * after)
 
 
 def _normal_cdf(x: Floats) -> Floats:
@@ -106,18 +173,36 @@ def _normal_cdf(x: Floats) -> Floats:
     return np.where(x >= 0, 1.0 - upper, upper)
 
 
+def top_two(best: Floats, beta: float) -> Floats:
+    """Shares of top-two Thompson sampling from P(best) [..., K]: with 1 - β the runner-up of a second draw is taken.
+
+    ψᵢ = αᵢ (β + (1 - β) Σ_{j≠i} αⱼ / (1 - αⱼ)) (Russo 2016, "Simple Bayesian Algorithms for Best Arm Identification").
+    """
+    if best.shape[-1] == 1:
+        return best
+    alpha = np.clip(best, 1e-12, 1 - 1e-12)
+    odds = alpha / (1.0 - alpha)
+    shares = alpha * (beta + (1.0 - beta) * (odds.sum(-1, keepdims=True) - odds))
+    return np.asarray(shares / shares.sum(-1, keepdims=True))
+
+
+def epsilon_greedy(means: Floats, epsilon: float) -> Floats:
+    """The arm with the highest mean, [..., K], but any arm with probability `epsilon`; equals share."""
+    top = means >= means.max(-1, keepdims=True) - 1e-12
+    return np.asarray(epsilon / means.shape[-1] + (1.0 - epsilon) * top / top.sum(-1, keepdims=True))
+
+
 def with_floor(weights: Floats, floor: float) -> Floats:
-    """Every arm gets at least `floor`; what lies above is scaled to make room. Needs floor · K ≤ 1."""
-    lifted: Floats = floor + (1.0 - floor * len(weights)) * weights
-    return lifted
+    """Every arm of [..., K] gets at least `floor`; what lies above is scaled to make room. Needs floor · K ≤ 1."""
+    return np.asarray(floor + (1.0 - floor * weights.shape[-1]) * weights)
 
 
 def thompson_weights(
-    arms: Sequence[str], sums: Mapping[str, Sums], *, mean: float, mass: float, floor: float
+    arms: Sequence[str], sums: Mapping[str, Sums], *, mean: float | None, mass: float, floor: float
 ) -> dict[str, float]:
     """The share of sessions that each arm should draw now."""
     beliefs = posteriors(arms, sums, mean, mass)
-    best = probability_best([beliefs[arm] for arm in arms])
+    best = best_of([beliefs[arm] for arm in arms])
     return dict(zip(arms, with_floor(best, floor).tolist(), strict=True))
 
 

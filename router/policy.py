@@ -176,7 +176,12 @@ class Arm(Written):
 class Prior(Written):
     """What is believed of an arm before it was heard."""
 
-    mean: float = Field(0.5, gt=0, lt=1, description="Reward expected of an arm nobody has judged, between 0 and 1.")
+    mean: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Reward expected of an arm nobody has judged, 0 to 1; null means as good as the others.",
+    )
     mass: float = Field(20.0, gt=0, description="How many sessions that belief is worth.")
 
 

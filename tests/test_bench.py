@@ -30,3 +30,23 @@ def test_gateway_load_refuses_what_it_does_not_know() -> None:
     done = run("gateway_load.py", "--only", "direct,nothing")
     assert done.returncode == 2
     assert "nothing is none of" in done.stderr
+
+
+def test_routing_replay_says_how_far_each_bar_is_met(tmp_path: Path) -> None:
+    data = tmp_path / "rewards.jsonl"
+    rows = ({"arms": {"a": {"reward": 0.2}, "b": {"reward": 0.9 - n % 3 / 10}}} for n in range(120))
+    data.write_text("\n".join(map(json.dumps, rows)))
+    done = run("routing_replay.py", str(data), "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    scenarios = found["scenarios"]
+    assert scenarios["thompson"]["mean_regret"] < scenarios["uniform"]["mean_regret"]
+    assert {"what", "value", "bar", "met"} == set(found["bars"][0])
+
+
+def test_routing_replay_names_a_bad_line(tmp_path: Path) -> None:
+    data = tmp_path / "rewards.jsonl"
+    data.write_text('{"arms": {"a": {"reward": 1}}}\n{"arms": 1}\n')
+    done = run("routing_replay.py", str(data))
+    assert done.returncode == 1
+    assert f"{data}:2:" in done.stderr

@@ -99,7 +99,7 @@ def test_the_designs_sample_loads(settle: Any) -> None:
         1.0,
         "task_type",
     )
-    assert (route.policy.prior.mean, route.policy.prior.mass) == (0.5, 20)
+    assert (route.policy.prior.mean, route.policy.prior.mass) == (None, 20)
     assert (route.reward.window, route.reward.signals["edit"]) == (600.0, -0.4)
     assert [stage.share for stage in route.rollout.stages] == [0.05, 0.2, 0.5, 1.0]
     assert route.rollout.guardrails[0].worse_by == 1.5

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from router.bandit import discounted, posteriors, probability_best
+from router.bandit import best_of, discounted, posteriors
 from router.controller import RoutePlan, initial_snapshot
 from router.policy import Thompson
 from router.store import Store
@@ -29,7 +29,7 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
         policy = plan.policy if isinstance(plan.policy, Thompson) else Thompson(kind="thompson")
         sums = discounted(store.sums(plan.name), "", now, policy.half_life)
         beliefs = posteriors(names, sums, policy.prior.mean, policy.prior.mass)
-        best = probability_best([beliefs[name] for name in names])
+        best = best_of([beliefs[name] for name in names])
         total = sum(served[plan.name, name] for name in names)
         for name, p_best in zip(names, best.tolist(), strict=True):
             belief = beliefs[name]
