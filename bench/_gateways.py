@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+KEY = "sk-bench-5f0c7a1e9b3d48f2a6c4e8d1"
+"""What clients send as their API key. LiteLLM starts with none but a long one; Understudy takes any by default."""
 GATEWAYS = ("direct", "understudy", "litellm", "vllm-router", "nginx")
 
 
@@ -193,7 +195,7 @@ def start_litellm(upstream: int, folder: Path, options: argparse.Namespace) -> T
         "model_list:\n  - model_name: assistant\n    litellm_params:\n      model: hosted_vllm/base\n"
         f"      api_base: http://127.0.0.1:{upstream}/v1\n      api_key: none\n"
         "litellm_settings: {telemetry: false}\n"
-        "general_settings: {dangerously_permit_weak_or_unset_master_key: true}\n"  # no keys: cheapest for it
+        f"general_settings: {{master_key: {KEY}}}\n"
     )
     code = "from litellm.proxy.proxy_cli import run_server; run_server()"
     command = [python, "-c", code, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]

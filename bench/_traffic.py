@@ -164,6 +164,7 @@ class Load:
     requests: int
     rate: float = 0.0
     salt: str = ""
+    key: str = "none"
 
 
 @dataclass(slots=True)
@@ -349,8 +350,8 @@ def request(load: Load, n: int) -> bytes:
     raw = json.dumps(body).encode()
     return (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-        b"authorization: Bearer sk-bench\r\naccept: application/json\r\nuser-agent: bench\r\n"
-        b"content-length: %d\r\n\r\n%b" % (len(raw), raw)
+        b"authorization: Bearer %b\r\naccept: application/json\r\nuser-agent: bench\r\n"
+        b"content-length: %d\r\n\r\n%b" % (load.key.encode(), len(raw), raw)
     )
 
 

@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _gateways import GATEWAYS, NotInstalled, Target, free_port, installed, memory, pin, start, stop, tree
+from _gateways import GATEWAYS, KEY, NotInstalled, Target, free_port, installed, memory, pin, start, stop, tree
 from _traffic import CONNECTIONS, Load, Tally
 
 TRAFFIC = Path(__file__).with_name("_traffic.py")
@@ -83,7 +83,7 @@ def measure(target: Target, shape: str, generator: Generator, options: argparse.
     """CPU over a closed loop, then latency over an open one."""
     count = options.requests if shape == "unary" else options.streams
     count = max(CONNECTIONS, count // 20) if target.name == "litellm" else count  # it needs 100 times as long
-    load = Load(target.port, target.model, shape, count, salt=f"{salt}c")
+    load = Load(target.port, target.model, shape, count, salt=f"{salt}c", key=KEY)
     before = target.costs()
     closed = generator.run(load)
     time.sleep(0.1)  # what the gateway does after the last byte belongs to it
@@ -96,7 +96,7 @@ def measure(target: Target, shape: str, generator: Generator, options: argparse.
     answered = max(1, closed.answered)
     rate = options.rate if shape == "unary" else options.rate / 8
     timed = max(20, int(rate * options.seconds))
-    paced = generator.run(Load(target.port, target.model, shape, timed, rate, f"{salt}o"))
+    paced = generator.run(Load(target.port, target.model, shape, timed, rate, f"{salt}o", KEY))
     reasons = dict(closed.reasons)
     for reason, times in paced.reasons.items():
         reasons[reason] = reasons.get(reason, 0) + times
@@ -113,7 +113,7 @@ def measure(target: Target, shape: str, generator: Generator, options: argparse.
 def warm_up(target: Target, generator: Generator, options: argparse.Namespace) -> None:
     for shape in options.shapes:
         count = 64 if target.name == "litellm" or options.quick else 2000 if shape == "unary" else 200
-        generator.run(Load(target.port, target.model, shape, count, salt="w"))
+        generator.run(Load(target.port, target.model, shape, count, salt="w", key=KEY))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class Visit:
         if len(parent) >= 4 and parent[0] != "ff" and _is_id(parent[1], 32) and _is_id(parent[2], 16):
             self.trace_id, self.parent_span_id = parent[1], parent[2]
         else:
-            self.trace_id = os.urandom(16).hex()
+            self.trace_id = new_id()  # ids that begin with the time keep the journal's index in one place
         self.span_id = os.urandom(8).hex()
 
     def keep(self, data: bytes) -> None:

@@ -108,7 +108,7 @@ class Controller:
         for fact in new:
             earlier = [i for _, i in sessions[fact.tenant, fact.session] if i.route == fact.route]
             signal = regenerated(earlier, fact)
-            if signal is not None and not self._journal.has_event(signal.event_id):
+            if signal is not None and not self._journal.has_signal(signal.event_id):
                 self._journal.append([signal])
 
     def _settle(self, sessions: Requests, token: int) -> None:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from itertools import chain
 from pathlib import Path
 
 from telemetry.errors import StateError, StateUnavailable
@@ -43,7 +44,17 @@ MIGRATIONS = [
     CREATE INDEX facts_at ON facts (at)
     """,
     "CREATE TABLE known (name TEXT PRIMARY KEY, value BLOB NOT NULL)",
+    # Each index costs each request; these two are needed for signals only, or not at all (times follow seq).
+    """
+    DROP INDEX facts_event;
+    DROP INDEX facts_at;
+    CREATE INDEX facts_event ON facts (event_id) WHERE type = 'signal'
+    """,
 ]
+
+COLUMNS = "event_id, type, at, tenant, route, session, request_id, response_id, trace_id, body"
+AT_ONCE = 64
+"""Rows of one INSERT. Each statement lets go of Python's lock and must win it back from the event loop."""
 
 
 class Journal:
@@ -58,12 +69,15 @@ class Journal:
 
     def append(self, facts: Sequence[Fact]) -> None:
         """Write all of `facts`, or none; on return they are on disk."""
+        rows = [_row(fact) for fact in facts]
         with translated(self.path), transaction(self._db):
-            self._db.executemany(
-                "INSERT INTO facts (event_id, type, at, tenant, route, session, request_id, response_id, trace_id,"
-                " body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                map(_row, facts),
-            )
+            while rows:
+                size = AT_ONCE
+                while size > len(rows):
+                    size //= 2
+                part, rows = rows[:size], rows[size:]
+                marks = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * size)
+                self._db.execute(f"INSERT INTO facts ({COLUMNS}) VALUES {marks}", list(chain.from_iterable(part)))
 
     def read(self, after: int = 0, limit: int = 1000) -> list[tuple[int, Fact]]:
         """Up to `limit` facts in the order of arrival, each with its sequence number (> `after`)."""
@@ -75,9 +89,12 @@ class Journal:
             row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'facts'").fetchone()
         return row[0] if row else 0
 
-    def has_event(self, event_id: str) -> bool:
+    def has_signal(self, event_id: str) -> bool:
         with translated(self.path):
-            return self._db.execute("SELECT 1 FROM facts WHERE event_id = ?", (event_id,)).fetchone() is not None
+            found = self._db.execute(
+                "SELECT 1 FROM facts WHERE event_id = ? AND type = 'signal'", (event_id,)
+            ).fetchone()
+        return found is not None
 
     def interactions_of(self, tenant: str, session: str) -> list[tuple[int, Interaction]]:
         """A session's requests on all routes, oldest first."""
@@ -89,8 +106,9 @@ class Journal:
     def answers(self, signal: Signal) -> list[tuple[int, Interaction]]:
         """The interactions that `signal` is about, of its own tenant only; empty if none is journaled yet."""
         if signal.response_id:
+            name = signal.response_id
             clauses = ("request_id = ?", "response_id = ?")
-            values = (signal.response_id, signal.response_id)
+            values = (_own_part(name), name)
         elif signal.trace_id:
             clauses, values = ("trace_id = ?",), (signal.trace_id,)  # type: ignore[assignment]
         else:
@@ -139,8 +157,17 @@ class Journal:
                 yield from self._select(where, (tenant, *part, kind))
 
     def recent(self, since: float, limit: int = 100_000) -> list[tuple[int, Fact]]:
-        """The newest `limit` facts not older than `since`, oldest first."""
-        return self._select("WHERE at >= ? ORDER BY seq DESC LIMIT ?", (since, limit))[::-1]
+        """The newest facts not older than `since`, at most about `limit`, oldest first."""
+        found: list[tuple[int, Fact]] = []
+        before = self.last() + 1
+        while before > 1 and len(found) < limit:
+            rows = self._select("WHERE seq < ? ORDER BY seq DESC LIMIT 1000", (before,))
+            fresh = [(seq, fact) for seq, fact in rows if fact.at >= since]
+            found += fresh
+            if len(fresh) < len(rows) / 2:  # facts come nearly in the order of their times
+                break
+            before = rows[-1][0]
+        return found[::-1]
 
     def know(self, name: str, value: bytes) -> None:
         """Keep beside the facts what this machine last learned from a store that may be away tomorrow."""
@@ -163,17 +190,28 @@ class Journal:
         return [(seq, decode(body)) for seq, body in rows]
 
 
+def _own_part(response_id: str) -> str:
+    """Our request id in the id of an answer: vLLM writes ours after a prefix ("chatcmpl-…", "resp_…")."""
+    return response_id.replace("_", "-").rpartition("-")[2]
+
+
 def _row(fact: Fact) -> tuple[object, ...]:
     body = encode(fact)
     if isinstance(fact, Interaction):
         return (
             fact.event_id, "interaction", fact.at, fact.tenant, fact.route, fact.session,
-            fact.request_id, fact.response_id, fact.trace_id, body,
+            fact.request_id, _foreign(fact), fact.trace_id, body,
         )  # fmt: skip
     return (
         fact.event_id, "signal", fact.at, fact.tenant, None, fact.session,
         None, fact.response_id, fact.trace_id, body,
     )  # fmt: skip
+
+
+def _foreign(fact: Interaction) -> str | None:
+    """The answer's id if it cannot be found by our request id."""
+    name = fact.response_id
+    return name if name is not None and _own_part(name) != fact.request_id else None
 
 
 class JournalWriter:
