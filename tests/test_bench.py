@@ -50,3 +50,18 @@ def test_routing_replay_names_a_bad_line(tmp_path: Path) -> None:
     done = run("routing_replay.py", str(data))
     assert done.returncode == 1
     assert f"{data}:2:" in done.stderr
+
+
+def test_rollback_simulation_reports_rates_with_their_errors_and_medians_beside_their_bars() -> None:
+    done = run("rollback_simulation.py", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["runs"] > 0
+    assert found["seconds"] > 0
+    for one in found["false_rollback"].values():
+        for rate in filter(None, (one["ours"], one["naive"])):
+            assert 0 <= rate["rate"] <= 1
+            assert 0 <= rate["standard_error"] <= 1
+    assert any(one["naive"] for one in found["false_rollback"].values())
+    assert {one["bar"] for one in found["caught"].values()} == {1100, 3600}
+    assert all({"median", "low", "high"} <= set(one) for one in found["caught"].values())
