@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -77,24 +78,26 @@ class Metrics:
         )
         self._arm = lru_cache(4096)(self._children)
 
-    def _children(self, route: str, arm: str, status: int, error: str) -> tuple[Counter, Histogram, Histogram]:
+    def _children(self, route: str, arm: str, status: int, error: str) -> tuple[Any, ...]:
         return (
             self.requests.labels(route, arm, str(status), error),
             self.duration.labels(route, arm),
             self.first_byte.labels(route, arm),
+            self.tokens.labels(route, arm, "in"),
+            self.tokens.labels(route, arm, "out"),
         )
 
     def answered(self, fact: Interaction) -> None:
-        arm = fact.answerer.arm
-        requests, duration, first_byte = self._arm(fact.route, arm, fact.status, fact.error or "")
+        found = self._arm(fact.route, fact.answerer.arm, fact.status, fact.error or "")
+        requests, duration, first_byte, tokens_in, tokens_out = found
         requests.inc()
         duration.observe(fact.duration)
         if fact.first_byte is not None:
             first_byte.observe(fact.first_byte)
         if fact.tokens_in:
-            self.tokens.labels(fact.route, arm, "in").inc(fact.tokens_in)
+            tokens_in.inc(fact.tokens_in)
         if fact.tokens_out:
-            self.tokens.labels(fact.route, arm, "out").inc(fact.tokens_out)
+            tokens_out.inc(fact.tokens_out)
 
     def page(self) -> bytes:
         """All workers' metrics as text."""
