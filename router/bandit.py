@@ -170,7 +170,7 @@ def _normal_cdf(x: Floats) -> Floats:
     t = 1.0 / (1.0 + 0.2316419 * np.abs(x))
     series = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
     upper = np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi) * series
-    return np.where(x >= 0, 1.0 - upper, upper)
+    return np.asarray(np.where(x >= 0, 1.0 - upper, upper))
 
 
 def top_two(best: Floats, beta: float) -> Floats:

@@ -219,7 +219,7 @@ def bernstein_path(values: ArrayLike, miss: float) -> tuple[Floats, Floats]:
 
 
 def _bet(t: ArrayLike, variance: ArrayLike, miss: float) -> Floats:
-    rate: Floats = np.asarray(variance, float) * t * np.log1p(t)
+    rate: Floats = np.asarray(np.asarray(variance, float) * t * np.log1p(t))
     return np.asarray(np.minimum(0.5, np.sqrt(-2.0 * math.log(miss) / rate)))
 
 
