@@ -176,9 +176,12 @@ class Answer(msgspec.Struct):
     failed: bool = False
     """The upstream reported an error inside a 200."""
     unreadable: bool = False
+    ended: bool = False
+    """A stream said that it is complete; what its connection did after that matters to nobody."""
 
 
 _body = msgspec.json.Decoder(_Body)
+_LAST = frozenset(["response.completed", "response.incomplete", "response.failed"])
 
 
 def read_answer(body: bytes) -> Answer:
@@ -196,6 +199,7 @@ def read_stream(body: bytes) -> Answer:
     answer, parts = Answer(), list[str]()
     for data in sse_data(body):
         if data == b"[DONE]":
+            answer.ended = True
             continue
         try:
             chunk = _body.decode(data)
@@ -218,6 +222,7 @@ def sse_data(body: bytes) -> Iterator[bytes]:
 def _take(answer: Answer, body: _Body, parts: list[str] | None = None) -> None:
     answer.id = answer.id or body.id or (body.response.id if body.response else None)
     answer.failed = answer.failed or body.error is not None
+    answer.ended = answer.ended or body.type in _LAST
     usage = body.usage or (body.response.usage if body.response else None)
     if usage is not None:
         answer.tokens_in = usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens

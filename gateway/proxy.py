@@ -77,6 +77,7 @@ class Route:
     arms: Mapping[str, Arm]
     replicas: list[Replica]
     timeouts: Timeouts
+    segment_by: str | None = None
 
 
 @dataclass(slots=True)
@@ -190,7 +191,8 @@ class Proxy:
         if pinned is not None:
             return pinned, False
         begun = ask.assistant_turns > 0 or ask.previous_response_id is not None
-        return await self._sessions.choose(route.name, who.tenant, who.session, begun=begun, arms=route.arms)
+        segment = {"task_type": who.task_type, "tenant": who.tenant}.get(route.segment_by or "") or ""
+        return await self._sessions.choose(route.name, who.tenant, who.session, segment, begun=begun, arms=route.arms)
 
     async def _answer(
         self,
@@ -347,7 +349,7 @@ class Proxy:
         """Leave the request's fact. After the last byte, whatever happened before."""
         copy = b"".join(visit.copy)
         answer = (read_stream(copy) if visit.stream else read_answer(copy)) if copy else Answer()
-        error = visit.error
+        error = None if visit.error == "client_left" and answer.ended else visit.error  # SDKs hang up at [DONE]
         if error is None and (answer.failed or (answer.unreadable and visit.copied < COPY_LIMIT)):
             error = "upstream_error" if answer.failed else "upstream_garbage"
         kept, redacted = self._capture.keep(_readable(messages), answer.text, answer.tool_calls)

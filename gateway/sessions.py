@@ -38,7 +38,7 @@ class Sessions:
         self._threads = ThreadPoolExecutor(4, "store")
 
     async def choose(
-        self, route: str, tenant: str, session: str, *, begun: bool, arms: Mapping[str, object]
+        self, route: str, tenant: str, session: str, segment: str, *, begun: bool, arms: Mapping[str, object]
     ) -> tuple[Choice, bool]:
         """The session's arm on `route`, and whether it was recalled. `begun`: the request has an earlier answer."""
         key = (route, session_key(tenant, session))
@@ -48,7 +48,7 @@ class Sessions:
         if choice is not None and choice.arm in arms:
             self._keep(key, choice)
             return choice, True
-        choice = draw(self.snapshots[route], unit_hash(*key))
+        choice = draw(self.snapshots[route], unit_hash(*key), segment)
         self._keep(key, choice)
         self._new.append((*key, choice))
         return choice, False

@@ -15,7 +15,9 @@ class Snapshot(msgspec.Struct, frozen=True):
     holdout: float
     """Share of sessions that draw uniformly, for ever, whatever the weights."""
     segments: dict[str, dict[str, float]]
-    """Segment → arm → weight; weights of a segment sum to 1. Segment "" is every session."""
+    """Segment → arm → weight; weights of a segment sum to 1. Segment "" is every one that is not here."""
+    full: bool = False
+    """No more segments get sums of their own: sessions of one that is not here count under ""."""
 
 
 class Choice(msgspec.Struct, frozen=True):

@@ -218,7 +218,10 @@ def draw(snapshot: Snapshot, u: float, segment: str = "") -> Choice:
     Sessions with u < holdout draw uniformly: since u is the session's own, it is in the holdout for ever. An
     arm's propensity counts both ways to it.
     """
-    weights = snapshot.segments.get(segment) or snapshot.segments[""]
+    weights = snapshot.segments.get(segment)
+    if weights is None:
+        weights = snapshot.segments[""]
+        segment = "" if snapshot.full else segment
     h, k = snapshot.holdout, len(weights)
     in_holdout = u < h
     rest = u / h if in_holdout else (u - h) / (1.0 - h)

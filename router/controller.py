@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from router.arms import Snapshot
-from router.bandit import discounted, thompson_weights
-from router.policy import Arm, Reward, Split, Thompson
+from router.policy import Arm, Policy, Reward, Split
 from router.reward import session_reward
 from router.store import Store, session_key
+from router.weights import shares
 from telemetry.errors import Fenced, StateError
 from telemetry.events import Fact, Interaction, Signal
 from telemetry.journal import Journal
@@ -43,7 +43,7 @@ class RoutePlan:
 
     name: str
     arms: Mapping[str, Arm]
-    policy: Thompson | Split
+    policy: Policy
     reward: Reward
 
 
@@ -55,6 +55,8 @@ class Controller:
         self._journal = journal
         self._store = store
         self._owner = owner
+        self._full: set[str] = set()
+        """Routes whose segments were said to be too many."""
 
     def run(self, stopping: threading.Event) -> None:
         """Work until `stopping` is set, waiting a policy's refresh between rounds; outlives any outage of the store."""
@@ -144,39 +146,41 @@ class Controller:
 
     def _publish(self, route: RoutePlan, now: float, token: int) -> None:
         """Publish the route's weights if they moved."""
-        weights = self.weights(route, now)
-        holdout = route.policy.holdout if isinstance(route.policy, Thompson) else 0.0
         current = self._store.snapshot(route.name)
-        if (
-            current is not None
-            and current.policy == route.policy.kind
-            and current.holdout == holdout
-            and _close(current.segments.get("", {}), weights)
-        ):
-            return
-        version = (current.version if current else 0) + 1
-        self._store.publish(Snapshot(route.name, version, now, route.policy.kind, holdout, {"": weights}), token)
+        new = self.snapshot(route, now, (current.version if current else 0) + 1)
+        if current is None or _moved(current, new):
+            self._store.publish(new, token)
 
-    def weights(self, route: RoutePlan, now: float) -> dict[str, float]:
-        """The share of new sessions that each arm should get now."""
-        if isinstance(route.policy, Split):
-            return {arm: route.policy.shares.get(arm, 0.0) for arm in route.arms}
+    def snapshot(self, route: RoutePlan, now: float, version: int) -> Snapshot:
+        """What the sums say now."""
         policy = route.policy
-        sums = discounted(self._store.sums(route.name), "", now, policy.half_life)
-        return thompson_weights(
-            list(route.arms), sums, mean=policy.prior.mean, mass=policy.prior.mass, floor=policy.floor
-        )
+        if isinstance(policy, Split):
+            return Snapshot(route.name, version, now, policy.kind, 0.0, shares(policy, list(route.arms), {}, now))
+        cells = self._store.sums(route.name)
+        full = policy.segment_by is not None and len({cell.segment for cell in cells}) >= policy.max_segments
+        if full and route.name not in self._full:
+            self._full.add(route.name)
+            log.warning("route %s: %d segments, no more get weights of their own", route.name, policy.max_segments)
+        segments = shares(policy, list(route.arms), cells, now)
+        return Snapshot(route.name, version, now, policy.kind, policy.holdout, segments, full)
 
 
-def _close(old: Mapping[str, float], new: Mapping[str, float]) -> bool:
-    """No weight moved by a thousandth: not worth a new version."""
-    return old.keys() == new.keys() and all(abs(old[arm] - new[arm]) < 1e-3 for arm in new)
+def _moved(old: Snapshot, new: Snapshot) -> bool:
+    """Some weight moved by a thousandth, or something else changed: worth a new version."""
+    if (old.policy, old.holdout, old.full, old.segments.keys()) != (
+        new.policy,
+        new.holdout,
+        new.full,
+        new.segments.keys(),
+    ):
+        return True
+    pairs = [(old.segments[segment], weights) for segment, weights in new.segments.items()]
+    return any(a.keys() != b.keys() or any(abs(a[arm] - b[arm]) >= 1e-3 for arm in b) for a, b in pairs)
 
 
 def initial_snapshot(route: RoutePlan, now: float) -> Snapshot:
     """What a gateway draws from until the controller has published: the policy without any evidence."""
     if isinstance(route.policy, Split):
-        weights = {arm: route.policy.shares.get(arm, 0.0) for arm in route.arms}
-        return Snapshot(route.name, 0, now, "split", 0.0, {"": weights})
+        return Snapshot(route.name, 0, now, "split", 0.0, shares(route.policy, list(route.arms), {}, now))
     even = {arm: 1.0 / len(route.arms) for arm in route.arms}
-    return Snapshot(route.name, 0, now, "thompson", route.policy.holdout, {"": even})
+    return Snapshot(route.name, 0, now, route.policy.kind, route.policy.holdout, {"": even})

@@ -185,13 +185,15 @@ class Prior(Written):
     mass: float = Field(20.0, gt=0, description="How many sessions that belief is worth.")
 
 
-class Thompson(Written):
-    """Draw each arm with the probability that it is the best one."""
+class Learned(Written):
+    """What all policies share that learn from rewards."""
 
-    kind: Literal["thompson"] = Field("thompson", description="Learn the shares from rewards.")
     unit: Literal["session"] = Field("session", description="What is assigned to an arm and rewarded as one.")
     segment_by: Literal["task_type", "tenant"] | None = Field(
         None, description="Learn each task type's or tenant's shares apart, pooled with its siblings."
+    )
+    max_segments: int = Field(
+        1000, ge=1, le=100_000, description="How many segments get shares of their own; those with most evidence do."
     )
     half_life: PositiveDuration = Field(7 * 86400.0, description="Age at which a reward counts half.")
     refresh: PositiveDuration = Field(1.0, description="How often new weights are published.")
@@ -200,6 +202,26 @@ class Thompson(Written):
         0.05, ge=0, lt=1, description="Share of sessions drawn evenly over the arms, to compare against."
     )
     prior: Prior = Field(default_factory=Prior, description="Belief about an arm before evidence.")
+
+
+class Thompson(Learned):
+    """Draw each arm with the probability that it is the best one."""
+
+    kind: Literal["thompson"] = Field("thompson", description="Learn the shares from rewards.")
+
+
+class TopTwo(Learned):
+    """Thompson sampling that also tries the runner-up, to tell the two best arms apart sooner."""
+
+    kind: Literal["top_two"] = Field(description="Learn the shares; spend more on the runner-up.")
+    beta: float = Field(0.5, gt=0, le=1, description="Share of draws that keep the first draw; 1 is thompson.")
+
+
+class Epsilon(Learned):
+    """The arm that looks best now, and any arm once in a while."""
+
+    kind: Literal["epsilon"] = Field(description="Serve the best-looking arm; a fixed share explores.")
+    epsilon: Fraction = Field(0.1, description="Share of sessions drawn evenly over all arms.")
 
 
 class Split(Written):
@@ -221,7 +243,7 @@ class Split(Written):
         return shares
 
 
-Policy = Annotated[Thompson | Split, Field(discriminator="kind")]
+Policy = Annotated[Thompson | TopTwo | Epsilon | Split, Field(discriminator="kind")]
 
 
 class Reward(Written):

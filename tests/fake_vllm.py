@@ -568,6 +568,8 @@ class FakeVllm:
             await wire.chunk(event)
             if behaviour.kind == "slow":
                 await asyncio.sleep(behaviour.delay)
+        if behaviour.kind == "hang_mid_stream" and behaviour.after >= len(events):  # all is said, but not closed
+            await self._hang()
         await wire.chunk(b"")
 
     async def _whole(self, wire: Wire, body: bytes, behaviour: Behaviour) -> None:

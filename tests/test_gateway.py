@@ -49,6 +49,17 @@ def test_chat_answers_as_the_upstream_would(gateway: MakeGateway, fake: FakeVllm
     assert fact.upstream == fake.url
 
 
+def test_a_client_that_hangs_up_after_done_has_not_left(gateway: MakeGateway, fake: FakeVllm) -> None:
+    gw = gateway(fake)
+    fake.script(Behaviour("hang_mid_stream", after=1000))
+    with gw.http.stream("POST", "/v1/chat/completions", json=ask("one two", stream=True)) as said:
+        for line in said.iter_lines():
+            if line == "data: [DONE]":
+                break
+    fact = gw.interaction()
+    assert (fact.error, fact.finish_reason) == (None, "stop")
+
+
 def test_a_streamed_chat_is_the_same_text_and_is_journaled_whole(gateway: MakeGateway, fake: FakeVllm) -> None:
     gw = gateway(fake)
     chunks = list(gw.client().chat.completions.create(**ask("one two"), stream=True))

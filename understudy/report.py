@@ -3,72 +3,124 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from router.bandit import best_of, discounted, posteriors
 from router.controller import RoutePlan, initial_snapshot
-from router.policy import Thompson
+from router.policy import Learned, Thompson
 from router.store import Store
+from router.weights import beliefs
 from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal
 
 HOUR = 3600.0
 
 
-def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> list[dict[str, Any]]:
-    """A row for each arm: its weight now, what it served in the last hour, and what is believed of it.
+@dataclass(slots=True)
+class Heard:
+    """What an arm did in the last hour, in one segment."""
 
-    `mean` and `interval` (95 %) are of the session reward in [0, 1]; `sessions` is the discounted evidence.
+    requests: int = 0
+    sessions: set[tuple[str, str]] = field(default_factory=set)
+    judged: set[tuple[str, str]] = field(default_factory=set)
+    """Sessions with any signal."""
+    moved_by: Counter[str] = field(default_factory=Counter)
+
+
+def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> list[dict[str, Any]]:
+    """A row for each segment and arm: its weight now, what it served in the last hour, and what is believed of it.
+
+    `mean` and `interval` (95 %) are of the session reward in [0, 1]; `sessions` is the discounted evidence; `regret`
+    is what the segment's best-looking arm would have earned more in these sessions; `signal_rate` is the share of
+    the last hour's sessions in which anything was heard. Segment "" is every session that is in no other one.
     """
-    served, moved = _last_hour(journal, now)
+    heard = _last_hour(journal, now)
     rows = []
     for plan in plans:
         snapshot = store.snapshot(plan.name) or initial_snapshot(plan, now)
-        names = list(plan.arms)
-        policy = plan.policy if isinstance(plan.policy, Thompson) else Thompson(kind="thompson")
-        sums = discounted(store.sums(plan.name), "", now, policy.half_life)
-        beliefs = posteriors(names, sums, policy.prior.mean, policy.prior.mass)
-        best = best_of([beliefs[name] for name in names])
-        total = sum(served[plan.name, name] for name in names)
-        for name, p_best in zip(names, best.tolist(), strict=True):
-            belief = beliefs[name]
-            rows.append(
-                {
+        policy = plan.policy if isinstance(plan.policy, Learned) else Thompson(kind="thompson")
+        found = beliefs(policy, list(plan.arms), store.sums(plan.name), now)
+        for segment in found.segments:
+            believed = {arm: found.of(segment, arm) for arm in found.arms}
+            chances = found.best[found.segments.index(segment)].tolist()
+            top = max(believed.values(), key=lambda b: b.mean).mean
+            weights = snapshot.segments.get(segment, snapshot.segments.get("", {}))
+            places = {arm: _place(heard, plan.name, segment, arm, found.segments) for arm in found.arms}
+            total = sum(place.requests for place in places.values())
+            for arm, p_best in zip(found.arms, chances, strict=True):
+                belief, place = believed[arm], places[arm]
+                row = {
                     "route": plan.name,
-                    "arm": name,
-                    "model": plan.arms[name].model,
+                    "segment": segment,
+                    "arm": arm,
+                    "model": plan.arms[arm].model,
                     "policy": plan.policy.kind,
-                    "weight": snapshot.segments.get("", {}).get(name, 0.0),
+                    "weight": weights.get(arm, 0.0),
                     "mean": belief.mean,
                     "interval": list(belief.interval()),
                     "sessions": belief.sessions,
                     "p_best": p_best,
-                    "requests_last_hour": served[plan.name, name],
-                    "share_last_hour": served[plan.name, name] / total if total else None,
-                    "moved_by": dict(moved[plan.name, name].most_common()),
+                    "regret": belief.sessions * (top - belief.mean),
+                    "requests_last_hour": place.requests,
+                    "share_last_hour": place.requests / total if total else None,
+                    "signal_rate": len(place.judged) / len(place.sessions) if place.sessions else None,
+                    "moved_by": dict(place.moved_by.most_common()),
                 }
-            )
+                rows.append(row | {"why": _why(row, policy, len(found.arms))})
     return rows
 
 
-def _last_hour(journal: Journal, now: float) -> tuple[Counter[tuple[str, str]], Mapping[tuple[str, str], Counter[str]]]:
-    """Requests, and signals by kind, of each (route, arm)."""
-    served: Counter[tuple[str, str]] = Counter()
-    moved: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    arm_of: dict[str, tuple[str, str]] = {}
+def _why(row: Mapping[str, Any], policy: Learned, arms: int) -> str:
+    """In a sentence: why the arm has its share."""
+    moved = ", ".join(f"{count} {kind}" for kind, count in row["moved_by"].items()) or "nothing in the last hour"
+    if row["policy"] == "split":
+        return f"its share is written in the config; moved by {moved}"
+    if not row["sessions"]:
+        return "nobody judged it yet, so it is expected to be like the others"
+    if row["weight"] <= policy.floor + 1e-3:
+        return f"probably not the best, it keeps the floor of {policy.floor:.0%}; moved by {moved}"
+    standing = (
+        "probably the best" if row["p_best"] > 0.95 else "may be the best" if row["p_best"] > 1 / arms else "behind"
+    )
+    return f"{standing} (P = {row['p_best']:.2f} after {row['sessions']:.0f} sessions); moved by {moved}"
+
+
+def _place(
+    heard: Mapping[tuple[str, str, str], Heard], route: str, segment: str, arm: str, listed: Sequence[str]
+) -> Heard:
+    """What was heard of an arm in `segment`; in "", of all segments that are not listed."""
+    if segment:
+        return heard.get((route, segment, arm), Heard())
+    total = Heard()
+    for (r, s, a), one in heard.items():
+        if (r, a) == (route, arm) and (s == "" or s not in listed):
+            total.requests += one.requests
+            total.sessions |= one.sessions
+            total.judged |= one.judged
+            total.moved_by += one.moved_by
+    return total
+
+
+def _last_hour(journal: Journal, now: float) -> dict[tuple[str, str, str], Heard]:
+    """By (route, segment, arm)."""
+    heard: defaultdict[tuple[str, str, str], Heard] = defaultdict(Heard)
+    answer: dict[str, tuple[Heard, tuple[str, str]]] = {}
     facts = [fact for _, fact in journal.recent(now - HOUR)]
     for fact in facts:
         if isinstance(fact, Interaction):
-            place = (fact.route, fact.answerer.arm)
-            served[place] += 1
-            arm_of |= {name: place for name in (fact.request_id, fact.response_id, fact.trace_id) if name}
+            place = heard[fact.route, fact.answerer.segment, fact.answerer.arm]
+            session = (fact.tenant, fact.session)
+            place.requests += 1
+            place.sessions.add(session)
+            answer |= {n: (place, session) for n in (fact.request_id, fact.response_id, fact.trace_id) if n}
     for fact in facts:
         if isinstance(fact, Signal):
-            found = arm_of.get(fact.response_id or fact.trace_id or "")
+            found = answer.get(fact.response_id or fact.trace_id or "")
             if found is not None:
-                moved[found][fact.kind] += 1
-    return served, moved
+                found[0].moved_by[fact.kind] += 1
+                found[0].judged.add(found[1])
+    return heard
 
 
 def status(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> dict[str, Any]:

@@ -25,33 +25,44 @@ def arms(rows: list[dict[str, Any]], title: str | None = None) -> None:
 
 
 def arms_table(rows: list[dict[str, Any]], title: str | None = None) -> Group:
-    """The numbers, and below them in words what moved each arm; readable from 80 columns on."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    table.add_column("route and arm", no_wrap=True)
-    for name in ("weight", "last hour", "mean reward, 95 %", "P(best)", "sessions"):
-        table.add_column(name, justify="right", no_wrap=True)
-    route = None
+    """For each route and segment the numbers, and below them why in words; readable from 80 columns on.
+
+    "judged" counts sessions with a reward, older ones less. "served" and "heard" are of the last hour: the share of
+    requests, and of sessions in which a signal came.
+    """
+    places = list(dict.fromkeys((row["route"], row["segment"]) for row in rows))
+    parts: list[Table | str] = [title] if title else []
+    for place in places:
+        here = [row for row in rows if (row["route"], row["segment"]) == place]
+        parts += [_place_table(" · ".join(filter(None, place)), here), *(sentence(row) for row in here)]
+    return Group(*parts)
+
+
+def _place_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title=escape(name), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1)
+    )
+    table.add_column("arm", min_width=10, overflow="fold")
+    for heading in ("weight", "served", "mean, 95 %", "P(best)", "judged", "heard", "regret"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        if row["route"] != route:
-            route = row["route"]
-            table.add_row(f"[bold]{escape(route)}[/]")
-        share = row["share_last_hour"]
         low, high = row["interval"]
         table.add_row(
-            f"  {escape(row['arm'])}",
+            escape(row["arm"]),
             f"{row['weight']:.1%}",
-            "–" if share is None else f"{share:.1%}",
-            f"{row['mean']:.3f} [{low:.3f}, {high:.3f}]".replace("[", r"\["),
+            "–" if row["share_last_hour"] is None else f"{row['share_last_hour']:.0%}",
+            escape(f"{row['mean']:.2f} [{low:.2f}, {high:.2f}]"),
             f"{row['p_best']:.3f}",
             f"{row['sessions']:.0f}",
+            "–" if row["signal_rate"] is None else f"{row['signal_rate']:.0%}",
+            f"{row['regret']:.1f}",
         )
-    return Group(table, *(sentence(row) for row in rows))
+    return table
 
 
 def sentence(row: Mapping[str, Any]) -> str:
-    """An arm's model and what moved it."""
-    moved = ", ".join(f"{count} {kind}" for kind, count in row["moved_by"].items()) or "nothing yet"
-    return f"[bold]{escape(row['arm'])}[/] ({escape(row['model'])}) was moved by {moved}"
+    """Why an arm has its share."""
+    return f"[bold]{escape(row['arm'])}[/] ({escape(row['model'])}): {escape(row['why'])}"
 
 
 def status(found: Mapping[str, Any]) -> None:

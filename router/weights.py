@@ -1,0 +1,107 @@
+"""From a route's cells to what is believed of each arm in each segment, and to the shares of new sessions. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from router.arms import Cell, Sums
+from router.bandit import (
+    BUCKET,
+    Floats,
+    Posterior,
+    believe,
+    believe_segments,
+    epsilon_greedy,
+    probability_best,
+    top_two,
+    with_floor,
+)
+from router.policy import Epsilon, Learned, Policy, Split, TopTwo
+
+AT_ONCE = 500
+"""Segments whose P(best) is computed together: more would not fit the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beliefs:
+    """What is believed of each arm in each segment: arrays [S, K].
+
+    The first segment is "": sessions of no segment, and of one that is not listed.
+    """
+
+    arms: tuple[str, ...]
+    segments: tuple[str, ...]
+    sessions: Floats
+    """Evidence, discounted by age."""
+    means: Floats
+    sds: Floats
+    best: Floats
+    """P(the arm is the best one)."""
+
+    def of(self, segment: str, arm: str) -> Posterior:
+        s, k = self.segments.index(segment), self.arms.index(arm)
+        return Posterior(float(self.means[s, k]), float(self.sds[s, k]), float(self.sessions[s, k]))
+
+
+def beliefs(policy: Learned, arms: Sequence[str], cells: Mapping[Cell, Sums], now: float) -> Beliefs:
+    """Read `cells` as of `now` (Unix seconds): a session of age a counts 2^(-a / half_life) times.
+
+    A bucket that lies in the future (a clock was set back) counts as of now. Arms that are not in `arms` are left
+    out. Of more segments than `policy.max_segments` those with the most evidence are listed; all are pooled.
+    """
+    segments, sums = _tabulate(policy, arms, cells, now)
+    if policy.segment_by is None:
+        means, sds = believe(*sums, policy.prior.mean, policy.prior.mass)
+        listed, sessions = [""], sums[0]
+    else:
+        means, sds = believe_segments(*sums, policy.prior.mean, policy.prior.mass)
+        named = [place for place, segment in enumerate(segments) if segment]
+        named = sorted(sorted(named, key=lambda place: -sums[0][place].sum())[: policy.max_segments])
+        first = segments.index("") if sums[0][segments.index("")].any() else len(segments)  # a segment nobody has seen
+        sessions = np.vstack([sums[0], np.zeros(len(arms))])[[first, *named]]
+        means, sds, listed = means[[first, *named]], sds[[first, *named]], ["", *(segments[place] for place in named)]
+    parts = range(0, len(listed), AT_ONCE)
+    best = np.vstack([probability_best(means[at : at + AT_ONCE], sds[at : at + AT_ONCE]) for at in parts])
+    return Beliefs(tuple(arms), tuple(listed), sessions, means, sds, best)
+
+
+def _tabulate(
+    policy: Learned, arms: Sequence[str], cells: Mapping[Cell, Sums], now: float
+) -> tuple[list[str], tuple[Floats, Floats, Floats]]:
+    """The segments, "" first, and Σw, Σwr, Σwr² as arrays [S, K], discounted."""
+    column = {arm: place for place, arm in enumerate(arms)}
+    row = {"": 0}
+    kept = [(c, v) for c, v in cells.items() if c.arm in column]
+    if policy.segment_by is not None:
+        for cell, _ in kept:
+            row.setdefault(cell.segment, len(row))
+    places = [row.get(cell.segment, 0) * len(arms) + column[cell.arm] for cell, _ in kept]
+    ages = np.maximum(0.0, now - BUCKET / 2 - np.array([cell.bucket for cell, _ in kept], float))
+    weights = 2.0 ** (-ages / policy.half_life)
+    size = len(row) * len(arms)
+    parts = (np.array([getattr(v, part) for _, v in kept], float) for part in ("n", "s", "ss"))
+    sums = [np.asarray(np.bincount(places, weights * part, size), float).reshape(len(row), -1) for part in parts]
+    return list(row), (sums[0], sums[1], sums[2])
+
+
+def shares(policy: Policy, arms: Sequence[str], cells: Mapping[Cell, Sums], now: float) -> dict[str, dict[str, float]]:
+    """Segment → arm → the share of new sessions that it should get now; segment "" is any that is not listed."""
+    if isinstance(policy, Split):
+        return {"": {arm: policy.shares.get(arm, 0.0) for arm in arms}}
+    found = beliefs(policy, arms, cells, now)
+    rows = with_floor(drawn(policy, found), policy.floor).tolist()
+    return {segment: dict(zip(arms, row, strict=True)) for segment, row in zip(found.segments, rows, strict=True)}
+
+
+def drawn(policy: Learned, found: Beliefs) -> Floats:
+    """The policy's shares [S, K] before the floor."""
+    match policy:
+        case TopTwo():
+            return top_two(found.best, policy.beta)
+        case Epsilon():
+            return epsilon_greedy(found.means, policy.epsilon)
+        case _:
+            return found.best
