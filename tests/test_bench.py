@@ -65,3 +65,11 @@ def test_rollback_simulation_reports_rates_with_their_errors_and_medians_beside_
     assert any(one["naive"] for one in found["false_rollback"].values())
     assert {one["bar"] for one in found["caught"].values()} == {1100, 3600}
     assert all({"median", "low", "high"} <= set(one) for one in found["caught"].values())
+
+
+def test_router_cost_says_how_far_each_bar_is_met() -> None:
+    done = run("router_cost.py", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {bar["what"].split(",")[0].split(" ")[0] for bar in found["bars"]} == {"choose", "recompute", "refresh"}
+    assert all(bar["value"] > 0 for bar in found["bars"])

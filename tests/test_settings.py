@@ -667,7 +667,6 @@ def test_the_sample_names_what_this_version_leaves_undone(settle: Any) -> None:
         "capture.retention",
         "admin",
         "routes.assistant.reward.window",
-        "routes.assistant.policy.segment_by",
         "routes.assistant.rollout",
         "routes.assistant.learner",
     ]

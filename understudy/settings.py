@@ -357,8 +357,6 @@ def accepted_but_unused(settings: Settings) -> list[str]:
             note(f"routes.{name}.reward.window", "a signal counts when it comes")
         if sets(route.reward, "outcome"):
             note(f"routes.{name}.reward.outcome", "only signals make the reward")
-        if isinstance(route.policy, Thompson) and sets(route.policy, "segment_by"):
-            note(f"routes.{name}.policy.segment_by", "all segments share one set of weights")
         if sets(route, "rollout"):
             note(f"routes.{name}.rollout", "every arm is in full from the start")
         if sets(route, "learner"):
