@@ -52,7 +52,7 @@ class Gateway:
         self.settings = load(config)
         self.port = 0
         self.controller_failed: BaseException | None = None
-        self._stopping = threading.Event()
+        self._stopping, self._controlled = threading.Event(), threading.Event()
         self._clients = contextlib.ExitStack()
         self._listening = socket.socket()
         self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -74,6 +74,7 @@ class Gateway:
             thread.start()
         eventually(lambda: self._server.started or not self._threads[0].is_alive(), 20)
         assert self._server.started, "the gateway did not start"
+        assert self._controlled.wait(20), "the controller did not start"
         return self
 
     def stop(self) -> None:
@@ -92,6 +93,7 @@ class Gateway:
 
     def _control(self) -> None:
         controller = build_controller(self.settings, "test")
+        self._controlled.set()
         try:
             while not self._stopping.is_set():
                 if not controller.step(time.time()):
