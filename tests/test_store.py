@@ -1,0 +1,308 @@
+"""Both stores keep the same promises: one suite over SQLite and a real Redis."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis_server import RedisServer
+
+from gateway.auth import new_key
+from router.arms import Cell, Choice, Snapshot, Sums
+from router.store import Store, session_key
+from router.store_redis import RedisStore
+from router.store_sqlite import SqliteStore
+from telemetry.errors import Fenced, StateError, StateLocked, StateReadOnly, StateUnavailable, StateVersion
+
+NOW = 1_800_000_000.0
+Open = Callable[[], Store]
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+    """Opens the same store again and again, as several processes would."""
+    stores: list[Store] = []
+
+    def open_one() -> Store:
+        store: Store
+        if request.param == "sqlite":
+            store = SqliteStore(tmp_path / "state.db")
+        else:
+            store = RedisStore(request.getfixturevalue("redis").url)
+        stores.append(store)
+        return store
+
+    if request.param == "redis":
+        first = RedisStore(request.getfixturevalue("redis").url)
+        first._redis.flushall()
+        first.close()
+    yield open_one
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def store(opened: Open) -> Store:
+    return opened()
+
+
+def token(store: Store, owner: str = "one", now: float = NOW) -> int:
+    lease = store.lease(owner, 4.0, now)
+    assert lease is not None
+    return lease.token
+
+
+def part(arm: str, reward: float, bucket: int = 0, segment: str = "") -> dict[Cell, Sums]:
+    return {Cell(segment, arm, bucket): Sums(1.0, reward, reward * reward)}
+
+
+def test_one_owner_holds_the_lease_until_it_ends(opened: Open) -> None:
+    one, two = opened(), opened()
+    first = one.lease("one", 4.0, NOW)
+    assert first is not None
+    assert two.lease("two", 4.0, NOW + 3.9) is None
+    renewed = one.lease("one", 4.0, NOW + 3.9)
+    assert renewed is not None
+    assert (renewed.token, renewed.expires) == (first.token, pytest.approx(NOW + 7.9))
+    second = two.lease("two", 4.0, NOW + 8.0)
+    assert second is not None
+    assert second.token > first.token
+    assert two.holder() == second
+
+
+def test_a_lease_given_back_is_free_at_once(opened: Open) -> None:
+    one, two = opened(), opened()
+    token(one)
+    two.release("two")
+    assert two.lease("two", 4.0, NOW) is None, "only its owner may give it back"
+    one.release("one")
+    assert two.lease("two", 4.0, NOW) is not None
+
+
+def test_a_controller_that_lost_its_lease_writes_nothing(opened: Open) -> None:
+    old, new = opened(), opened()
+    old_token = token(old)
+    new_token = token(new, "two", NOW + 5)
+    new.apply("r", "s", 1, part("a", 1.0), new_token)
+    new.publish(Snapshot("r", 2, NOW, "thompson", 0.0, {"": {"a": 1.0}}), new_token)
+    new.mark("journal", 9, new_token)
+    with pytest.raises(Fenced):
+        old.apply("r", "s", 2, part("a", 0.0), old_token)
+    with pytest.raises(Fenced):
+        old.publish(Snapshot("r", 3, NOW, "thompson", 0.0, {"": {"a": 0.5}}), old_token)
+    with pytest.raises(Fenced):
+        old.mark("journal", 3, old_token)
+    assert new.sums("r")[Cell("", "a", 0)].s == 1.0
+    assert (new.marked("journal"), new.snapshot("r").version) == (9, 2)  # type: ignore[union-attr]
+
+
+def test_a_session_counts_once_and_by_its_newest_revision(store: Store) -> None:
+    t = token(store)
+    assert store.apply("r", "s", 5, part("a", 0.25), t)
+    assert not store.apply("r", "s", 5, part("a", 0.25), t), "the same revision again"
+    assert not store.apply("r", "s", 4, part("a", 1.0), t), "an older one"
+    assert store.apply("r", "s", 6, part("b", 0.75, 3600), t)
+    sums = {cell: v for cell, v in store.sums("r").items() if v.n}
+    assert sums == {Cell("", "b", 3600): Sums(1.0, 0.75, 0.5625)}
+    assert store.apply("r", "s", 7, {}, t), "and can be taken back"
+    assert all(v.n == pytest.approx(0.0, abs=1e-12) for v in store.sums("r").values())
+
+
+def test_routes_and_segments_are_kept_apart(store: Store) -> None:
+    t = token(store)
+    store.apply("r", "s", 1, part("a", 1.0, segment="code"), t)
+    store.apply("r", "s2", 1, part("a", 0.5, segment="mail: x/y"), t)
+    store.apply("other", "s", 1, part("a", 0.0), t)
+    assert {cell.segment: v.s for cell, v in store.sums("r").items()} == {"code": 1.0, "mail: x/y": 0.5}
+
+
+changes = st.lists(
+    st.tuples(st.sampled_from("stuv"), st.integers(1, 6), st.sampled_from("ab"), st.floats(0, 1)),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes)
+def test_whatever_the_order_and_repetition_the_sums_are_those_of_the_newest_revisions(
+    opened: Open, changes: list[tuple[str, int, str, float]]
+) -> None:
+    store = opened()
+    t = token(store)
+    route = f"r{id(changes)}-{len(changes)}-{hash(tuple(changes))}"
+    newest: dict[str, tuple[int, str, float]] = {}
+    for session, revision, arm, reward in [*changes, *changes[::-1]]:
+        store.apply(route, session, revision, part(arm, reward), t)
+        if session not in newest or revision > newest[session][0]:
+            newest[session] = (revision, arm, reward)
+    found = store.sums(route)
+    store.close()
+    for arm in "ab":
+        rewards = [reward for _, a, reward in newest.values() if a == arm]
+        sums = found.get(Cell("", arm, 0), Sums())
+        wanted = (len(rewards), sum(rewards), sum(r * r for r in rewards))
+        assert (sums.n, sums.s, sums.ss) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_snapshots_and_marks_are_read_as_they_were_written(opened: Open) -> None:
+    store = opened()
+    assert store.snapshot("r") is None
+    assert store.marked("journal") == 0
+    snapshot = Snapshot("r", 3, NOW, "thompson", 0.05, {"": {"a": 0.25, "b": 0.75}, "code": {"a": 1.0, "b": 0.0}}, True)
+    t = token(store)
+    store.publish(snapshot, t)
+    store.mark("journal", 12345, t)
+    again = opened()
+    assert again.snapshot("r") == snapshot
+    assert again.marked("journal") == 12345
+
+
+def test_assignments_are_recalled_until_they_expire(store: Store) -> None:
+    choice = Choice("a", 0.3, 7, "code", True, "thompson")
+    store.assign([("r", session_key("t", "s"), choice), ("r", session_key("t", "z"), choice)], 60.0, NOW)
+    assert store.recall("r", session_key("t", "s"), NOW) == choice
+    assert store.recall("r", session_key("u", "s"), NOW) is None
+    assert store.recall("other", session_key("t", "s"), NOW) is None
+    store.assign([], 60.0, NOW)
+
+
+def test_session_keys_never_collide() -> None:
+    assert session_key("a", "b/c") != session_key("a/b", "c")
+    assert session_key("1:a", "b") != session_key("1", "a/b")
+
+
+def test_keys_are_listed_and_revoked(store: Store) -> None:
+    import msgspec
+
+    _, key = new_key("acme", "app", NOW)
+    store.put_key(key)
+    store.put_key(msgspec.structs.replace(key, revoked=True))
+    assert store.list_keys() == [msgspec.structs.replace(key, revoked=True)]
+
+
+def test_a_secret_is_made_once_though_many_ask(opened: Open) -> None:
+    found: list[bytes] = []
+    stores = [opened() for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda n=n: found.append(stores[n].secret("signing", bytes([n]) * 8))) for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+
+
+def _apply_many(path: str, who: int) -> None:
+    store = SqliteStore(Path(path))
+    for n in range(50):
+        store.apply("r", f"{who}-{n}", 1, part("a", 0.5), 1)
+    store.close()
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = SqliteStore(path)
+    spawn = multiprocessing.get_context("spawn")
+    crew = [spawn.Process(target=_apply_many, args=(str(path), who)) for who in range(3)]
+    for process in crew:
+        process.start()
+    for process in crew:
+        process.join(60)
+    assert [process.exitcode for process in crew] == [0, 0, 0]
+    assert store.sums("r")[Cell("", "a", 0)] == Sums(150.0, 75.0, 37.5)
+    store.close()
+
+
+def test_redis_away_is_said_by_every_call_and_it_works_again_when_back() -> None:
+    with RedisServer() as server:
+        store = RedisStore(server.url, timeout=0.5)
+        t = token(store)
+        server.stop()
+        calls: list[Callable[[], object]] = [
+            store.ping,
+            lambda: store.lease("one", 4.0, NOW),
+            lambda: store.apply("r", "s", 1, part("a", 1.0), t),
+            lambda: store.sums("r"),
+            lambda: store.snapshot("r"),
+            lambda: store.marked("journal"),
+            lambda: store.assign([("r", "s", Choice("a", 1.0))], 60.0, NOW),
+            lambda: store.recall("r", "s", NOW),
+            store.list_keys,
+            lambda: store.secret("signing", b"x"),
+        ]
+        for call in calls:
+            with pytest.raises(StateUnavailable, match=f"127.0.0.1:{server.port}"):
+                call()
+        server.start()
+        store.ping()
+        store.close()
+
+
+def test_a_redis_url_with_a_password_is_not_repeated_in_errors() -> None:
+    store = RedisStore("redis://:hush@127.0.0.1:1/0", timeout=0.5)
+    with pytest.raises(StateUnavailable) as raised:
+        store.ping()
+    assert "hush" not in str(raised.value)
+
+
+def test_a_locked_file_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = SqliteStore(path)
+    store._db.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StateLocked, match=r"state\.db: locked by another program"):
+        store.assign([("r", "s", Choice("a", 1.0))], 60.0, NOW)
+    other.execute("ROLLBACK")
+    store.assign([("r", "s", Choice("a", 1.0))], 60.0, NOW)
+    assert store.recall("r", "s", NOW) is not None
+    other.close()
+    store.close()
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StateReadOnly, match="cannot be opened; its folder must exist"):
+        SqliteStore(tmp_path / "none" / "state.db")
+
+
+def test_a_file_that_is_no_database_is_said_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    path.write_bytes(b"Dear diary, " * 1000)
+    with pytest.raises(StateError, match="not a state file of understudy"):
+        SqliteStore(path)
+    assert path.read_bytes().startswith(b"Dear diary")
+
+
+def test_a_file_from_a_newer_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    SqliteStore(path).close()
+    db = sqlite3.connect(path)
+    with db:
+        db.execute("UPDATE schema_version SET version = 99 WHERE owner = 'store'")
+    db.close()
+    with pytest.raises(StateVersion, match="upgrade understudy"):
+        SqliteStore(path)
+
+
+def test_a_read_only_file_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = SqliteStore(path)
+    store._db.execute("PRAGMA query_only = ON")  # as for a user who may not write (root may always)
+    with pytest.raises(StateReadOnly, match="check its owner and mode"):
+        store.assign([("r", "s", Choice("a", 1.0))], 60.0, NOW)
+    store.close()
