@@ -69,6 +69,9 @@ class Store(Protocol):
     def sums(self, route: str) -> dict[Cell, Sums]:
         """All cells of a route."""
 
+    def clear(self, route: str, token: int) -> None:
+        """Forget all contributions to a route's sums; a journal that is read again from the start makes them anew."""
+
     def publish(self, snapshot: Snapshot, token: int) -> None: ...
 
     def mark(self, name: str, value: int, token: int) -> None:

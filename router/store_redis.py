@@ -7,6 +7,7 @@ strings because Lua would cut doubles to 14 digits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +63,7 @@ return 1
 """
 )
 
+_CLEAR = _FENCE + "redis.call('DEL', KEYS[2]) return 1"
 _SET = _FENCE + "redis.call('SET', KEYS[2], ARGV[2]) return 1"
 
 _choice = msgspec.json.Decoder(Choice)
@@ -78,6 +80,7 @@ class RedisStore:
         self._lease = self._redis.register_script(_LEASE)
         self._release = self._redis.register_script(_RELEASE)
         self._apply = self._redis.register_script(_APPLY)
+        self._clear = self._redis.register_script(_CLEAR)
         self._set = self._redis.register_script(_SET)
 
     def close(self) -> None:
@@ -120,6 +123,12 @@ class RedisStore:
             segment, arm, bucket, part = field.decode().split("\x1f")
             parts.setdefault(Cell(segment, arm, int(bucket)), {})[part] = float(number)
         return {cell: Sums(**numbers) for cell, numbers in parts.items()}
+
+    def clear(self, route: str, token: int) -> None:
+        with self._translated():
+            _unfenced(self._clear(keys=[_k(route, "fence"), _k(route, "sums")], args=[token]), token)
+            for key in self._redis.scan_iter(_glob(_k(route, "session:")) + "*", count=1000):
+                self._redis.unlink(key)
 
     def publish(self, snapshot: Snapshot, token: int) -> None:
         keys = [_k(snapshot.route, "fence"), _k(snapshot.route, "snapshot")]
@@ -176,6 +185,11 @@ class RedisStore:
 
 def _k(route: str, name: str) -> str:
     return f"understudy:{{{route}}}:{name}"
+
+
+def _glob(text: str) -> str:
+    """`text` as a pattern that matches only itself."""
+    return re.sub(r"([*?\[\]\\])", r"\\\1", text)
 
 
 def _unfenced(answer: int, token: int) -> int:

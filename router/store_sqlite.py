@@ -101,6 +101,11 @@ class SqliteStore:
             rows = self._db.execute("SELECT segment, arm, bucket, n, s, ss FROM sums WHERE route = ?", (route,))
             return {Cell(segment, arm, bucket): Sums(n, s, ss) for segment, arm, bucket, n, s, ss in rows}
 
+    def clear(self, route: str, token: int) -> None:
+        with self._writing(token):
+            self._db.execute("DELETE FROM contributions WHERE route = ?", (route,))
+            self._db.execute("DELETE FROM sums WHERE route = ?", (route,))
+
     def publish(self, snapshot: Snapshot, token: int) -> None:
         with self._writing(token):
             self._db.execute(

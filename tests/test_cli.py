@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from fake_vllm import FakeVllm
 
+from router.arms import Cell
+from router.store_sqlite import SqliteStore
+from telemetry.events import Answerer, Interaction, Signal
+from telemetry.journal import Journal
 from understudy.cli import main
 
 GOOD = """\
@@ -53,6 +59,7 @@ def test_a_missing_config_is_said_by_every_command(tmp_path: Path, capsys: pytes
         ["config", "explain"],
         ["keys", "list"],
         ["doctor"],
+        ["rebuild"],
     ):
         assert main([*words, "--config", missing]) == 1
         said = capsys.readouterr()
@@ -82,6 +89,27 @@ def test_status_and_arms_work_before_anything_was_served(config: Path, capsys: p
     assert all(arm["interval"][0] < arm["mean"] < arm["interval"][1] for arm in arms)
     assert main(["arms", "--config", str(config)]) == 0
     assert "champion" in capsys.readouterr().out
+
+
+def test_rebuild_finds_a_store_that_differs_from_its_journal_and_mends_it(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(Journal(tmp_path / "understudy.db")) as journal:
+        for n in range(3):
+            answered = Interaction(f"e{n}", 1e9, f"r{n}", "assistant", "t", f"s{n}", Answerer("champion", "base"))
+            journal.append([answered, Signal(f"v{n}", 1e9, "thumb", "t", response_id=f"r{n}", value=1.0)])
+    assert main(["rebuild", "--config", str(config)]) == 1
+    assert "differs" in capsys.readouterr().out
+    assert main(["rebuild", "--write", "--json", "--config", str(config)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["routes"] == [{"route": "assistant", "sessions": 3.0, "largest_difference": 0.0, "same": True}]
+    assert main(["rebuild", "--config", str(config)]) == 0
+    store = SqliteStore(tmp_path / "understudy.db")
+    store.lease("someone", 60.0, time.time())
+    assert main(["rebuild", "--write", "--config", str(config)]) == 1
+    assert "someone is at work: stop `understudy serve` first" in capsys.readouterr().err
+    assert store.sums("assistant")[Cell("", "champion", int(1e9 // 3600 * 3600))].n == 3.0
+    store.close()
 
 
 def test_keys_are_made_listed_and_revoked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,6 +120,22 @@ def test_a_session_counts_once_and_by_its_newest_revision(store: Store) -> None:
     assert all(v.n == pytest.approx(0.0, abs=1e-12) for v in store.sums("r").values())
 
 
+def test_a_cleared_route_counts_anew_and_the_others_stay(opened: Open) -> None:
+    store = opened()
+    t = token(store)
+    for route in ("r", "r*", "other"):
+        store.apply(route, "s", 3, part("a", 1.0), t)
+    store.clear("r*", t)
+    store.clear("r", t)
+    assert store.sums("r") == {}
+    assert store.apply("r", "s", 1, part("a", 0.5), t), "older than what was forgotten"
+    assert store.sums("other")[Cell("", "a", 0)].s == 1.0
+    token(opened(), "two", NOW + 9)
+    store.apply("r", "s", 2, part("a", 0.5), t + 1)
+    with pytest.raises(Fenced):
+        store.clear("r", t)
+
+
 def test_routes_and_segments_are_kept_apart(store: Store) -> None:
     t = token(store)
     store.apply("r", "s", 1, part("a", 1.0, segment="code"), t)

@@ -69,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     command("status", _status, "Who controls, how far it has read, how fresh the weights are.")
     command("arms", _arms, "Each arm's weight, share and posterior, and what moved it.")
     command("doctor", _doctor, "Check the config, the state, the port and every upstream.")
+    rebuild = command("rebuild", _rebuild, "Count the journal anew and compare with the store; exit 1 if they differ.")
+    rebuild.add_argument("--write", action="store_true", help="put it in the store's place; `serve` must be stopped")
     _add_config(commands)
     _add_keys(commands)
     _add_replay(commands)
@@ -178,6 +180,19 @@ def _arms(arguments: Arguments) -> int:
     found = report.arms(plans, store, journal, time.time())
     _print(arguments, found, lambda: show.arms(found))
     return 0
+
+
+def _rebuild(arguments: Arguments) -> int:
+    from understudy import rebuild, show
+
+    plans, store, journal = _opened(arguments)
+    if arguments.write:
+        rebuild.replace(plans, store, journal)
+    rows = rebuild.compare(plans, store, journal)
+    waiting = max(0, journal.last() - store.marked("journal"))
+    data = {"routes": rows, "facts_waiting": waiting, "written": arguments.write}
+    _print(arguments, data, lambda: show.rebuilt(rows, waiting))
+    return 0 if all(row["same"] for row in rows) else 1
 
 
 def _opened(arguments: Arguments) -> tuple[list[RoutePlan], Store, Journal]:

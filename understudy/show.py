@@ -80,6 +80,17 @@ def status(found: Mapping[str, Any]) -> None:
         console.print(f"route       {escape(route['route'])}: {route['policy']}, {fresh}  {weights}")
 
 
+def rebuilt(rows: Iterable[Mapping[str, Any]], waiting: int) -> None:
+    for row in rows:
+        mark = "[green]same[/]  " if row["same"] else "[red]differs[/]"
+        console.print(
+            f"{mark}  {escape(row['route'])}: {row['sessions']:.0f} sessions with a reward in the journal, "
+            f"largest difference from the store {row['largest_difference']:.1e}"
+        )
+    if waiting:
+        console.print(f"         {waiting} facts are not counted yet; the controller does that as it comes to them")
+
+
 def findings(found: Iterable[Finding]) -> None:
     for finding in found:
         mark = "[green]good[/]" if finding.ok else "[red]bad [/]"
