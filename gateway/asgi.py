@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -14,12 +15,18 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
+PATIENCE = 60.0
+
+
 class ClientLeft(Exception):
     """The client closed the connection before its request was complete."""
 
 
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
-    """The request's body. Raises `ApiError` 413 before more than `limit` bytes are held, and `ClientLeft`."""
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int, patience: float = PATIENCE) -> bytes:
+    """The request's body. Raises `ApiError` 413 before more than `limit` bytes are held, and `ClientLeft`.
+
+    `patience`: seconds to wait for each piece after the first; then it raises `ApiError` 408.
+    """
     if count(headers.get(b"content-length")) > limit:
         raise _too_large(limit)
     message = await receive()
@@ -32,7 +39,11 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     while message.get("more_body"):
         if size > limit:
             break
-        message = await receive()
+        try:
+            async with asyncio.timeout(patience):
+                message = await receive()
+        except TimeoutError:
+            raise _too_slow(patience) from None
         if message["type"] == "http.disconnect":
             raise ClientLeft
         parts.append(message.get("body", b""))
@@ -40,6 +51,11 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     if size > limit:
         raise _too_large(limit)
     return b"".join(parts)
+
+
+def _too_slow(patience: float) -> ApiError:
+    close = ((b"connection", b"close"),)  # or the rest of the body could go on trickling in
+    return ApiError(408, f"no byte of the body came for {patience:g} s", code="too_slow", headers=close)
 
 
 def _too_large(limit: int) -> ApiError:

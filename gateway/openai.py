@@ -283,22 +283,22 @@ class UsageFilter:
 
     def __init__(self) -> None:
         self._tail = b""
-        self._foreign = False
+        self._blank = b"\n\n"  # what ends an event: vLLM's way, until the stream shows the other
 
     def feed(self, data: bytes) -> bytes:
         data = self._tail + data
-        if self._foreign or b"\r\n\r\n" in data:  # not vLLM's framing: leave it all alone
-            self._foreign, self._tail = True, b""
-            return data
-        end = data.rfind(b"\n\n") + 2
-        if end == 1:
+        if b"\r\n\r\n" in data:
+            self._blank = b"\r\n\r\n"
+        end = data.rfind(self._blank)
+        if end < 0:
             self._tail = data
             return b""
+        end += len(self._blank)
         self._tail, whole = data[end:], data[:end]
         if b'"usage"' not in whole:
             return whole
-        events = whole.split(b"\n\n")
-        return b"\n\n".join(event for event in events if not _usage_only(event))
+        events = whole.split(self._blank)
+        return self._blank.join(event for event in events if not _usage_only(event))
 
     def end(self) -> bytes:
         """What was held back."""

@@ -20,7 +20,6 @@ from gateway.asgi import ClientLeft, Receive, Scope, Send, count, read_body, sen
 from gateway.auth import Caller, Identity, KeyRing, Pseudonyms, TokenSigner, identify
 from gateway.metrics import Metrics
 from gateway.openai import (
-    Answer,
     ApiError,
     Ask,
     Fields,
@@ -40,6 +39,9 @@ from telemetry.events import Answerer, Interaction, new_id
 from telemetry.privacy import Capture
 
 log = logging.getLogger("understudy.gateway")
+
+_USAGE: Fields = {"include_usage": msgspec.Raw(b"true")}
+_options = msgspec.json.Decoder(Fields)
 
 COPY_LIMIT = 4 * 1024 * 1024
 """Bytes of an answer that are kept to be read; a longer one is relayed whole and read in part."""
@@ -348,7 +350,7 @@ class Proxy:
     ) -> None:
         """Leave the request's fact. After the last byte, whatever happened before."""
         copy = b"".join(visit.copy)
-        answer = (read_stream(copy) if visit.stream else read_answer(copy)) if copy else Answer()
+        answer = read_stream(copy) if visit.stream else read_answer(copy)
         error = None if visit.error == "client_left" and answer.ended else visit.error  # SDKs hang up at [DONE]
         if error is None and (answer.failed or (answer.unreadable and visit.copied < COPY_LIMIT)):
             error = "upstream_error" if answer.failed else "upstream_garbage"
@@ -417,8 +419,8 @@ def dress(fields: Fields, endpoint: str, ask: Ask, arm: Arm) -> bool:
     asked = ask.stream_options is not None and ask.stream_options.include_usage
     if not ask.stream or asked or endpoint not in ("chat/completions", "completions"):
         return False
-    options = msgspec.json.decode(fields.get("stream_options") or b"null") or {}
-    fields["stream_options"] = msgspec.Raw(msgspec.json.encode({**options, "include_usage": True}))
+    options = _USAGE if ask.stream_options is None else _options.decode(fields["stream_options"]) | _USAGE
+    fields["stream_options"] = msgspec.Raw(msgspec.json.encode(options))
     return True
 
 

@@ -105,7 +105,7 @@ class _Connection(asyncio.Protocol):
         self.seen += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.failure = Garbage(f"the upstream's answer is not HTTP: {error}")
             self.abort()
         if not self.head_done and self.seen > HEAD_LIMIT:
@@ -121,8 +121,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
-        if self.head_done and not self.complete and self._ends_at_close:
-            self.complete = True
+        if error is None and self.head_done and not self.complete and self._ends_at_close:
+            self.complete = self.failure is None
         self._wake()
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
@@ -137,15 +137,26 @@ class _Connection(asyncio.Protocol):
 
     # httptools
 
+    def on_message_begin(self) -> None:
+        if self.complete:
+            raise Garbage("a second answer to one request")
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
+        if not self.head_done:  # trailers are nothing that we relay
+            self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        if self._parser.get_status_code() < 200:  # 100 Continue and its kin announce the real answer
+        status = self._parser.get_status_code()
+        if 100 <= status < 200:  # 100 Continue and its kin announce the real answer
             self.headers = []
             return
+        if not 200 <= status < 600:
+            raise Garbage(f"there is no status {status}")
+        # A whole head may come in one read, perhaps with its body: then its own size counts.
+        if self.seen > HEAD_LIMIT and sum(len(name) + len(value) + 4 for name, value in self.headers) > HEAD_LIMIT:
+            raise Garbage("its headers are too large")
         self.head_done = True
-        self.status = self._parser.get_status_code()
+        self.status = status
         names = {name for name, _ in self.headers}
         self._ends_at_close = b"content-length" not in names and b"transfer-encoding" not in names
 

@@ -52,22 +52,19 @@ def score(signal: Signal) -> float | None:
 def counted(signals: Iterable[Signal], answer_of: Mapping[str, str]) -> list[tuple[str, Signal]]:
     """Of signals in order of arrival, those that count, each with the answer (or "session") that it is about.
 
-    The last one of each event id and of each (answer, kind, name, subject) counts. `answer_of`: an answer by any
-    of its names; a signal about one that is not there does not count.
+    The last one of each event id and, of those, of each (answer, kind, name, subject) counts. `answer_of`: an
+    answer by any of its names; a signal about one that is not there does not count.
     """
-    slots: dict[tuple[object, ...], tuple[str, Signal]] = {}
-    slot_of: dict[str, tuple[object, ...]] = {}
+    latest: dict[str, Signal] = {}
     for signal in signals:
+        latest.pop(signal.event_id, None)  # in order of the last arrivals
+        latest[signal.event_id] = signal
+    slots: dict[tuple[object, ...], tuple[str, Signal]] = {}
+    for signal in latest.values():
         named = signal.response_id or signal.trace_id
         answer = answer_of.get(named) if named else "session"
-        if answer is None:
-            continue
-        slot = (answer, signal.kind, signal.name, signal.subject)
-        before = slot_of.get(signal.event_id)
-        if before is not None and before != slot:
-            slots.pop(before, None)
-        slot_of[signal.event_id] = slot
-        slots[slot] = answer, signal
+        if answer is not None:
+            slots[answer, signal.kind, signal.name, signal.subject] = answer, signal
     return list(slots.values())
 
 

@@ -12,40 +12,78 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-
-def _is_card(digits: str) -> bool:
-    numbers = [int(d) for d in digits if d.isdigit()]
-    doubled = [d if place % 2 == 0 else d * 2 - 9 * (d > 4) for place, d in enumerate(reversed(numbers))]
-    return 13 <= len(numbers) <= 19 and sum(doubled) % 10 == 0
-
-
+# Quantifiers before something that may be missing are bounded: a text may be an image of a megabyte in base64.
+_UUID = r"(?P<uuid>\b[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}\b)"
 _PATTERNS = {
-    "email": re.compile(r"[\w.+%-]+@[\w-]+(?:\.[\w-]+)+"),
+    "email": re.compile(r"[\w.+%-]{1,64}@[\w-]+(?:\.[\w-]+)+"),
     "key": re.compile(
         r"\b(?:(?:sk|pk|rk|us|ghp|gho|github_pat|xox[abprs]|hf|glpat)[-_][A-Za-z0-9_-]{16,}"
-        r"|AKIA[0-9A-Z]{16}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})"
+        r"|AKIA[0-9A-Z]{16}|eyJ[\w-]{8,2000}\.[\w-]{8,}\.[\w-]{8,})"
     ),
-    "card": re.compile(r"(?<!\d)(?:\d[ -]?){12,18}\d(?!\d)"),
-    "phone": re.compile(r"(?<![\w.])\+?\(?\d{1,4}\)?(?:[ .-]?\(?\d{2,4}\)?){2,5}(?![\w.]*\d)"),
+    "card": re.compile(rf"{_UUID}|(?<!\d)\d(?:[ -]?\d){{12,}}"),
+    "phone": re.compile(rf"{_UUID}|(?<![\w.])\+?\(?\d{{1,4}}\)?(?:[ .-]?\(?\d{{2,4}}\)?){{2,5}}(?![\w.]{{0,40}}\d)"),
 }
+_SEPARATOR = re.compile("([ -])")
 
 
 def redact(text: str, recognisers: tuple[str, ...]) -> tuple[str, set[str]]:
     """`text` with what the recognisers found replaced by [name], and the names of those that found something."""
     found = set()
     for name, pattern in _PATTERNS.items():
-        if name not in recognisers:
-            continue
-
-        def replace(match: re.Match[str], name: str = name) -> str:
-            digits = sum(c.isdigit() for c in match[0])
-            if (name == "card" and not _is_card(match[0])) or (name == "phone" and not 7 <= digits <= 15):
-                return match[0]
-            found.add(name)
-            return f"[{name}]"
-
-        text = pattern.sub(replace, text)
+        if name in recognisers:
+            clean = pattern.sub(_MASKS.get(name, f"[{name}]"), text)
+            if clean != text:
+                found.add(name)
+            text = clean
     return text, found
+
+
+def _mask_cards(match: re.Match[str]) -> str:
+    """A run of digits that is a card number, or the ones in it: an expiry date or a check number may stand beside."""
+    if match["uuid"]:
+        return match[0]
+    if _is_card(_digits(match[0])):
+        return "[card]"
+    parts = _SEPARATOR.split(match[0])  # digits at even places
+    kept: list[str] = []
+    at = 0
+    while at < len(parts):
+        ends = range(min(at + 9, len(parts)), at, -2)
+        end = next((end for end in ends if _printed_as_card(parts[at:end:2])), None)
+        kept += ["[card]"] if end else parts[at : at + 1]
+        at = end or at + 1
+        kept += parts[at : at + 1]
+        at += 1
+    return "".join(kept)
+
+
+def _printed_as_card(groups: list[str]) -> bool:
+    *first, last = map(len, groups)
+    shaped = not first or (set(first) == {4} and last <= 4) or (first == [4, 6] and last in (4, 5))
+    return shaped and _is_card("".join(groups))
+
+
+def _is_card(digits: str) -> bool:
+    if not 13 <= len(digits) <= 19:
+        return False
+    doubled = [int(d) * 2 for d in digits[-2::-2]]
+    return (sum(map(int, digits[::-2])) + sum(doubled) - 9 * sum(d > 9 for d in doubled)) % 10 == 0
+
+
+def _mask_phones(match: re.Match[str]) -> str:
+    if match["uuid"]:
+        return match[0]
+    if len(_digits(match[0])) <= 15:
+        return "[phone]" if len(_digits(match[0])) >= 7 else match[0]
+    # More than a number has (ITU-T E.164): several, or something else.
+    return " ".join("[phone]" if 7 <= len(_digits(part)) <= 15 else part for part in match[0].split(" "))
+
+
+def _digits(text: str) -> str:
+    return "".join(filter(str.isdigit, text))
+
+
+_MASKS = {"card": _mask_cards, "phone": _mask_phones}
 
 
 class Kept(NamedTuple):

@@ -80,7 +80,7 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
+        db.commit()
     except BaseException:
-        db.rollback()
+        db.rollback()  # a commit that failed may have left the transaction open
         raise
-    db.commit()

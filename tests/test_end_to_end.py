@@ -171,6 +171,10 @@ def test_the_better_arm_wins_most_sessions_though_a_worker_is_killed(house: Hous
     late = Counter(served[-100:])
     assert late["careful"] / late.total() > 0.8, late
     eventually(house.settled)
+    command = [sys.executable, "-m", "understudy", "rebuild", "--json", "--config", str(house.config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["routes"][0]["sessions"] > 100
 
 
 def worker_of(house: House) -> int:

@@ -122,6 +122,7 @@ def server(settings: Settings) -> uvicorn.Server:
             loop="uvloop",
             http=protocol(settings.listen.max_header_bytes),
             lifespan="on",
+            ws="none",
             access_log=False,
             log_config=None,
             log_level="warning",
