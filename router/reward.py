@@ -26,10 +26,11 @@ class SessionReward:
     """How many answers had evidence."""
     moved_by: Mapping[str, int]
     """How many signals of each kind counted."""
+    segment: str = ""
 
     def contribution(self) -> dict[Cell, Sums]:
         r = self.reward
-        return {Cell("", self.arm, bucket_of(self.at)): Sums(1.0, r, r * r)}
+        return {Cell(self.segment, self.arm, bucket_of(self.at)): Sums(1.0, r, r * r)}
 
 
 def score(signal: Signal) -> float | None:
@@ -93,4 +94,6 @@ def session_reward(
         return None
     mean = sum(max(-1.0, min(1.0, e)) for e in evidence.values()) / len(evidence)
     first = answers[0]
-    return SessionReward(first.answerer.arm, first.at, 0.5 + 0.5 * mean, len(evidence), moved_by)
+    return SessionReward(
+        first.answerer.arm, first.at, 0.5 + 0.5 * mean, len(evidence), moved_by, first.answerer.segment
+    )

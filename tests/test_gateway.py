@@ -633,3 +633,14 @@ def test_an_app_key_cannot_name_another_tenant(gateway: MakeGateway, fake: FakeV
     gw.chat(headers={"authorization": f"Bearer {gw.key('acme')}", "x-understudy-tenant": "beta"})
     gw.chat(headers={"authorization": f"Bearer {gw.key('acme', 'admin')}", "x-understudy-tenant": "beta"})
     assert [f.tenant for f in gw.wait_interactions(2)] == ["acme", "beta"]
+
+
+def test_a_session_counts_in_the_segment_of_its_task_type(gateway: MakeGateway, fake: FakeVllm) -> None:
+    gw = gateway(fake, policy={"segment_by": "task_type"})
+    said = gw.chat("hello", {"x-understudy-task": "code"})
+    assert gw.interaction().answerer.segment == "code"
+    gw.feedback({"response_id": said.json()["id"], "kind": "thumb", "value": True})
+    gw.settled()
+    with gw.store() as store:
+        assert {cell.segment for cell in store.sums(ROUTE)} == {"code"}
+        eventually(lambda: "code" in store.snapshot(ROUTE).segments)  # type: ignore[union-attr]

@@ -6,6 +6,7 @@ reads the pieces apart; `test_streams.py` tries streams of every kind.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import itertools
 import json
@@ -92,7 +93,7 @@ def request(asked: bool) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, FakeVllm]]:
     folder = tmp_path_factory.mktemp("framing")
     config = folder / "understudy.yaml"
     with FakeVllm(["base"]) as fake:
@@ -101,10 +102,16 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
             f"routes: {{{ROUTE}: {{upstreams: ['{fake.url}'], arms: {{champion: {{model: base}}}}}}}}\n"
         )
         gw = Gateway(config).start()
-        wire = http.client.HTTPConnection("127.0.0.1", gw.port, timeout=20)
-        yield Line(gw, fake, wire)
-        wire.close()
+        yield gw, fake
         gw.stop()
+
+
+@pytest.fixture
+def line(served: tuple[Gateway, FakeVllm]) -> Iterator[Line]:
+    gw, fake = served
+    fake.clear()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", gw.port, timeout=20)) as wire:
+        yield Line(gw, fake, wire)
 
 
 BLANKS = pytest.mark.parametrize("blank", [LF, CRLF], ids=["LF", "CRLF"])

@@ -65,13 +65,13 @@ def test_an_answer_that_was_aborted_leaves_no_connection_to_use_again(gateway: M
 def test_the_openai_clients_own_retry_is_a_request_but_no_dislike(gateway: MakeGateway, fake: FakeVllm) -> None:
     gw = gateway(fake)
     soon = {"retry-after-ms": "1"}
-    fake.script(Behaviour("status", status=500, headers=soon), Behaviour("status", status=429, headers=soon))
     fake.script(Behaviour("hang_before_first_byte"))
+    fake.script(Behaviour("status", status=500, headers=soon), Behaviour("status", status=429, headers=soon))
     with openai.OpenAI(base_url=f"{gw.url}/v1", api_key="none", max_retries=3, timeout=0.5) as client:
         client.chat.completions.create(**ask("patience"))
     facts = gw.wait_interactions(4)
     assert [f.sdk_retry for f in facts] == [0, 1, 2, 3]
-    assert [f.error for f in facts] == ["upstream_error", "upstream_error", "client_left", None]
+    assert [f.error for f in facts] == ["client_left", "upstream_error", "upstream_error", None]
     assert len({f.request_id for f in facts}) == 4
     assert all(sums.n == 0 for sums in gw.sums().values())
     assert gw.signals() == []

@@ -1,0 +1,269 @@
+"""The controller: whatever comes in between, each fact counts once and one controller writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from router.arms import Cell, Sums
+from router.controller import Controller, RoutePlan
+from router.policy import Arm, Policy, Reward, Split, Thompson
+from router.store_sqlite import SqliteStore
+from telemetry.errors import Fenced, StateUnavailable
+from telemetry.events import Answerer, Fact, Interaction, Signal
+from telemetry.journal import Journal
+
+NOW = time.time()
+ARMS = {"a": Arm(model="base"), "b": Arm(model="good")}
+
+
+class House:
+    """A journal and a store, and controllers on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.journal = Journal(folder / "journal.db")
+        self.store = SqliteStore(folder / "state.db")
+
+    def controller(self, owner: str = "one", policy: Policy | None = None, store: Any = None) -> Controller:
+        plan = RoutePlan("r", ARMS, policy or Thompson(), Reward())
+        return Controller([plan], self.journal, store or self.store, owner)
+
+    def sums(self, store: SqliteStore | None = None) -> dict[str, tuple[float, float]]:
+        found: dict[str, tuple[float, float]] = {}
+        for cell, v in (store or self.store).sums("r").items():
+            n, s = found.get(cell.arm, (0.0, 0.0))
+            found[cell.arm] = (round(n + v.n, 9), round(s + v.s, 9))
+        return {arm: v for arm, v in found.items() if v[0]}
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    house = House(tmp_path)
+    yield house
+    house.journal.close()
+    house.store.close()
+
+
+def answered(name: str, arm: str = "a", session: str | None = None, **fields: Any) -> Interaction:
+    known = {"at": NOW, "request_id": name, "input_hash": name} | fields
+    return Interaction(
+        event_id=f"e-{name}",
+        route="r",
+        tenant="t",
+        session=session or f"s-{name}",
+        answerer=Answerer(arm, arm),
+        **known,
+    )
+
+
+def vote(name: str, value: float, event: str | None = None) -> Signal:
+    return Signal(event or f"v-{name}-{value}", NOW, "thumb", "t", response_id=name, value=value)
+
+
+def settle(controller: Controller, now: float = NOW) -> None:
+    while controller.step(now):
+        pass
+
+
+FACTS: list[Fact] = [
+    answered("1", "a"), vote("1", 1.0), answered("2", "b"), vote("2", 0.0), answered("3", "b"), answered("4", "a"),
+    vote("4", 0.0), vote("4", 1.0, "changed"), answered("5", "b", "s-2"), vote("5", 1.0), vote("none", 1.0),
+    answered("6", "a"), answered("6-again", "a", "s-6", input_hash="6", at=NOW + 5),
+]  # fmt: skip
+EXPECTED = {"a": (3.0, 1.0 + 1.0 + 0.2), "b": (1.0, 0.5)}
+
+
+def test_facts_become_sums_and_weights(house: House) -> None:
+    house.journal.append(FACTS)
+    controller = house.controller()
+    settle(controller)
+    settle(controller)
+    assert house.sums() == EXPECTED
+    snapshot = house.store.snapshot("r")
+    assert snapshot is not None
+    assert snapshot.segments[""]["a"] > snapshot.segments[""]["b"]
+    assert sum(snapshot.segments[""].values()) == pytest.approx(1.0)
+
+
+def test_the_order_in_which_facts_come_does_not_matter(house: House, tmp_path: Path) -> None:
+    votes = [fact for fact in FACTS if isinstance(fact, Signal)]
+    answers = [fact for fact in FACTS if isinstance(fact, Interaction)]
+    for fact in [*votes, *answers]:
+        house.journal.append([fact])
+        settle(house.controller())
+    assert house.sums() == EXPECTED
+
+
+def test_weights_that_did_not_move_are_not_published_again(house: House) -> None:
+    house.journal.append(FACTS)
+    settle(house.controller())
+    first = house.store.snapshot("r")
+    settle(house.controller())
+    assert house.store.snapshot("r") == first
+
+
+def test_a_regeneration_is_heard_once_though_its_facts_are_read_twice(house: House) -> None:
+    house.journal.append(FACTS)
+    settle(house.controller())
+    house.store.mark("journal", 0, 99)
+    settle(house.controller())
+    heard = [f for _, f in house.journal.read(0, 100) if isinstance(f, Signal) and f.kind == "regenerate"]
+    assert [s.response_id for s in heard] == ["6"]
+
+
+def test_late_feedback_changes_what_a_session_contributes(house: House) -> None:
+    house.journal.append([answered("1"), vote("1", 0.0)])
+    settle(house.controller())
+    assert house.sums() == {"a": (1.0, 0.0)}
+    house.journal.append([vote("1", 1.0, "later")])
+    settle(house.controller())
+    assert house.sums() == {"a": (1.0, 1.0)}
+
+
+class Dies(Exception):
+    pass
+
+
+class Mortal:
+    """A store that dies at its nth write."""
+
+    def __init__(self, store: SqliteStore, at: int) -> None:
+        self._store = store
+        self._left = at
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._store, name)
+        return self._counting(found) if name in ("apply", "publish", "mark") else found
+
+    def _counting(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*args: Any) -> Any:
+            self._left -= 1
+            if self._left < 0:
+                raise Dies
+            return call(*args)
+
+        return write
+
+
+@pytest.mark.parametrize("at", range(9))
+def test_killed_at_any_write_and_started_again_it_counts_the_same(house: House, at: int) -> None:
+    house.journal.append(FACTS)
+    try:
+        settle(house.controller(store=Mortal(house.store, at)))
+    except Dies:
+        assert at < 8
+    settle(house.controller())
+    assert house.sums() == EXPECTED
+
+
+def test_an_emptied_store_is_filled_again_from_the_journal(house: House, tmp_path: Path) -> None:
+    house.journal.append(FACTS)
+    settle(house.controller())
+    empty = SqliteStore(tmp_path / "empty.db")
+    settle(house.controller(store=empty))
+    assert house.sums(empty) == house.sums() == EXPECTED
+    empty.close()
+
+
+def test_a_mark_of_another_journal_is_not_trusted(house: House) -> None:
+    house.store.mark("journal", 10_000, 0)
+    house.journal.append(FACTS)
+    settle(house.controller())
+    assert house.sums() == EXPECTED
+
+
+def test_a_second_controller_waits_and_takes_over_within_five_seconds(house: House) -> None:
+    house.journal.append(FACTS[:2])
+    one, two = house.controller("one"), house.controller("two")
+    one.step(NOW)
+    house.journal.append(FACTS[2:4])
+    assert not two.step(NOW + 1)
+    assert house.sums() == {"a": (1.0, 1.0)}, "the second one does not write"
+    two.step(NOW + 5)
+    assert house.sums() == {"a": (1.0, 1.0), "b": (1.0, 0.0)}
+    one.step(NOW + 5.5)
+    assert house.store.holder().owner == "two"  # type: ignore[union-attr]
+
+
+def test_a_controller_that_slept_through_its_lease_is_fenced(house: House) -> None:
+    old = house.store.lease("old", 4.0, NOW)
+    assert old is not None
+    settle(house.controller("new"), NOW + 5)
+    with pytest.raises(Fenced):
+        house.store.apply("r", "1:t/x", 1, {Cell("", "a", 0): Sums(1, 1, 1)}, old.token)
+    assert house.sums() == {}
+
+
+def test_segments_keep_their_own_sums_and_weights(house: House) -> None:
+    for n in range(120):
+        segment, arm = ("code", "mail")[n % 2], "ab"[n // 2 % 2]
+        good = (segment == "code") == (arm == "a")
+        fact = answered(str(n), arm)
+        fact = Interaction(
+            **{f: getattr(fact, f) for f in fact.__struct_fields__} | {"answerer": Answerer(arm, arm, segment=segment)}
+        )
+        house.journal.append([fact, vote(str(n), float(good))])
+    settle(house.controller(policy=Thompson(segment_by="task_type")))
+    snapshot = house.store.snapshot("r")
+    assert snapshot is not None
+    assert snapshot.segments["code"]["a"] > 0.9
+    assert snapshot.segments["mail"]["b"] > 0.9
+
+
+def test_too_many_segments_are_capped_and_said(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    for n in range(8):
+        fact = Interaction(
+            f"e{n}", NOW, f"r{n}", "r", "t", f"s{n}", Answerer("a", "base", segment=f"task-{n}"), input_hash=str(n)
+        )
+        house.journal.append([fact, vote(f"r{n}", 1.0)])
+    controller = house.controller(policy=Thompson(segment_by="task_type", max_segments=3))
+    settle(controller)
+    settle(controller)
+    snapshot = house.store.snapshot("r")
+    assert snapshot is not None
+    assert snapshot.full
+    assert len(snapshot.segments) == 4
+    assert sum("no more get weights of their own" in r.message for r in caplog.records) == 1
+
+
+def test_a_split_publishes_what_is_written(house: House) -> None:
+    settle(house.controller(policy=Split(kind="split", shares={"a": 0.9, "b": 0.1})))
+    snapshot = house.store.snapshot("r")
+    assert snapshot is not None
+    assert snapshot.segments == {"": {"a": 0.9, "b": 0.1}}
+
+
+def test_running_it_outlives_an_outage_of_the_store(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    import threading
+
+    house.journal.append(FACTS)
+    stopping = threading.Event()
+
+    class Away:
+        """Away for the first three rounds."""
+
+        def __init__(self) -> None:
+            self.rounds = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(house.store, name)
+
+        def lease(self, *args: Any) -> Any:
+            self.rounds += 1
+            if self.rounds <= 3:
+                raise StateUnavailable("gone")
+            return house.store.lease(*args)
+
+        def mark(self, *args: Any) -> None:
+            house.store.mark(*args)
+            stopping.set()
+
+    house.controller(policy=Thompson(refresh=0.01), store=Away()).run(stopping)
+    assert house.sums() == EXPECTED
+    assert [r.message for r in caplog.records] == ["gone; trying again"]
+    assert house.store.holder().owner == ""  # type: ignore[union-attr]
