@@ -88,7 +88,7 @@ class Controller:
             read = 0  # another journal than the one this mark was made on
         facts = self._journal.read(read, BATCH)
         if facts:
-            sessions = self._journal.sessions(self._touched(fact for _, fact in facts))
+            sessions = self._journal.sessions(self._touched(fact for _, fact in facts), dict(facts))
             self._hear([fact for _, fact in facts if isinstance(fact, Interaction)], sessions)
             self._settle(sessions, lease.token)
         for route in self.routes.values():

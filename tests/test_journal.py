@@ -86,7 +86,7 @@ def test_no_tenant_finds_anothers_facts(journal: Journal) -> None:
     assert [i for _, i in journal.answers(about(trace_id="x"))] == [mine]
     assert [i for _, i in journal.interactions_of("t", "s")] == [mine]
     assert journal.signals_about([mine]) == []
-    assert set(journal.sessions([("t", "s"), ("u", "none")])) == {("t", "s")}
+    assert set(journal.sessions([("t", "s"), ("u", "none")], {})) == {("t", "s")}
 
 
 def test_signals_are_found_by_answer_trace_and_session_before_or_after_it(journal: Journal) -> None:
@@ -102,7 +102,7 @@ def test_signals_are_found_by_answer_trace_and_session_before_or_after_it(journa
 def test_sessions_are_read_many_at_once_each_in_order(journal: Journal) -> None:
     facts = [interaction(f"s{n % 700}", at=float(-n)) for n in range(1400)]
     journal.append(facts)
-    found = journal.sessions([("t", f"s{n}") for n in range(700)])
+    found = journal.sessions([("t", f"s{n}") for n in range(700)], {})
     assert len(found) == 700
     assert [i.at for _, i in found["t", "s3"]] == [-703.0, -3.0]
 

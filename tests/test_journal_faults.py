@@ -113,7 +113,7 @@ def test_facts_are_read_as_they_were_written_in_order(journal: Journal) -> None:
 def test_an_empty_journal_has_nothing(journal: Journal) -> None:
     assert (journal.read(), journal.last(), journal.counts(), journal.recent(0.0)) == ([], 0, {}, [])
     assert journal.answers(vote("v", response_id="one")) == []
-    assert journal.sessions([]) == {}
+    assert journal.sessions([], {}) == {}
     journal.append([])
     assert journal.last() == 0
 
@@ -189,13 +189,13 @@ def test_a_signal_is_not_an_answer(journal: Journal) -> None:
     journal.append([vote("v", response_id="one", trace_id="t1", session="s1")])
     for about in ({"response_id": "one"}, {"trace_id": "t1"}, {"session": "s1"}):
         assert journal.answers(vote("w", **about)) == []
-    assert journal.sessions([("acme", "s1")]) == {}
+    assert journal.sessions([("acme", "s1")], {}) == {}
     assert journal.interactions_of("acme", "s1") == []
 
 
 def test_sessions_have_their_requests_oldest_first(journal: Journal) -> None:
     journal.append([answer("b", at=2.0), answer("x", session="s2"), answer("a", at=1.0), answer("c", at=2.0)])
-    found = journal.sessions([("acme", "s1"), ("acme", "s2"), ("acme", "s3"), ("acme", "s1")])
+    found = journal.sessions([("acme", "s1"), ("acme", "s2"), ("acme", "s3"), ("acme", "s1")], {})
     assert {key: names(requests) for key, requests in found.items()} == {
         ("acme", "s1"): ["a", "b", "c"],
         ("acme", "s2"): ["x"],
@@ -205,7 +205,7 @@ def test_sessions_have_their_requests_oldest_first(journal: Journal) -> None:
 
 def test_many_sessions_are_found_at_once(journal: Journal) -> None:
     journal.append([answer(f"r{n}", session=f"s{n}") for n in range(1500)])
-    found = journal.sessions([("acme", f"s{n}") for n in range(1500)])
+    found = journal.sessions([("acme", f"s{n}") for n in range(1500)], {})
     assert {key[1]: names(requests) for key, requests in found.items()} == {f"s{n}": [f"r{n}"] for n in range(1500)}
 
 
@@ -243,8 +243,8 @@ def test_no_tenant_reads_what_is_anothers(journal: Journal) -> None:
         assert [i.user for _, i in journal.answers(vote("v", **about))] == ["acme"]
         assert [i.user for _, i in journal.answers(vote("v", tenant="umbrella", **about))] == ["umbrella"]
         assert journal.answers(vote("v", tenant="stranger", **about)) == []
-    assert [i.user for _, i in journal.sessions([("umbrella", "s1")])["umbrella", "s1"]] == ["umbrella"]
-    assert journal.sessions([("stranger", "s1")]) == {}
+    assert [i.user for _, i in journal.sessions([("umbrella", "s1")], {})["umbrella", "s1"]] == ["umbrella"]
+    assert journal.sessions([("stranger", "s1")], {}) == {}
     assert names(journal.signals_about([theirs])) == ["umbrella-0", "umbrella-1", "umbrella-2"]
     assert len(journal.signals_about([ours, theirs])) == 6
 

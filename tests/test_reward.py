@@ -283,6 +283,6 @@ def test_the_same_input_in_another_session_or_of_another_tenant_never_counts(tmp
     journal = Journal(tmp_path / "state.db")
     new = asked("new", 3.0)
     journal.append([asked("one", 1.0, session="s2"), asked("two", 2.0, tenant="umbrella"), new])
-    earlier = journal.sessions([("acme", "s1")])["acme", "s1"]
+    earlier = journal.sessions([("acme", "s1")], {})["acme", "s1"]
     journal.close()
     assert regenerated([i for _, i in earlier], new) is None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sqlite3
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import eventually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis_server import RedisServer
@@ -21,6 +25,7 @@ from router.store_sqlite import SqliteStore
 from telemetry.errors import Fenced, StateError, StateLocked, StateReadOnly, StateUnavailable, StateVersion
 
 NOW = 1_800_000_000.0
+ROOT = Path(__file__).resolve().parent.parent
 Open = Callable[[], Store]
 
 
@@ -195,6 +200,23 @@ def test_assignments_are_recalled_until_they_expire(store: Store) -> None:
     store.assign([], 60.0, NOW)
 
 
+def test_an_assignment_that_expired_is_not_recalled(store: Store) -> None:
+    key = session_key("t", "s")
+    store.assign([("r", key, Choice("a", 0.3))], 0.2, time.time())
+    store.assign([("r", session_key("t", "z"), Choice("b", 0.7))], 60.0, time.time())
+    eventually(lambda: store.recall("r", key, time.time()) is None)
+    assert store.recall("r", session_key("t", "z"), time.time()) == Choice("b", 0.7)
+    store.assign([("r", key, Choice("b", 0.7))], 60.0, time.time())
+    assert store.recall("r", key, time.time()) == Choice("b", 0.7)
+
+
+def test_of_many_that_ask_for_the_lease_at_once_one_gets_it(opened: Open) -> None:
+    stores = [opened() for _ in range(6)]
+    with ThreadPoolExecutor(6) as crew:
+        given = list(crew.map(lambda n: stores[n].lease(f"owner-{n}", 4.0, NOW), range(6)))
+    assert [lease for lease in given if lease is not None] == [stores[0].holder()]
+
+
 def test_session_keys_never_collide() -> None:
     assert session_key("a", "b/c") != session_key("a/b", "c")
     assert session_key("1:a", "b") != session_key("1", "a/b")
@@ -223,23 +245,24 @@ def test_a_secret_is_made_once_though_many_ask(opened: Open) -> None:
     assert len(set(found)) == 1
 
 
-def _apply_many(path: str, who: int) -> None:
-    store = SqliteStore(Path(path))
-    for n in range(50):
-        store.apply("r", f"{who}-{n}", 1, part("a", 0.5), 1)
-    store.close()
+WRITER = """
+import sys
+from pathlib import Path
+from router.arms import Cell, Sums
+from router.store_sqlite import SqliteStore
+
+store = SqliteStore(Path(sys.argv[1]))
+for n in range(50):
+    store.apply("r", f"{sys.argv[2]}-{n}", 1, {Cell("", "a", 0): Sums(1.0, 0.5, 0.25)}, 1)
+store.close()
+"""
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     store = SqliteStore(path)
-    spawn = multiprocessing.get_context("spawn")
-    crew = [spawn.Process(target=_apply_many, args=(str(path), who)) for who in range(3)]
-    for process in crew:
-        process.start()
-    for process in crew:
-        process.join(60)
-    assert [process.exitcode for process in crew] == [0, 0, 0]
+    crew = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(who)], cwd=ROOT) for who in range(3)]
+    assert [process.wait(60) for process in crew] == [0, 0, 0]
     assert store.sums("r")[Cell("", "a", 0)] == Sums(150.0, 75.0, 37.5)
     store.close()
 
@@ -252,20 +275,28 @@ def test_redis_away_is_said_by_every_call_and_it_works_again_when_back() -> None
         calls: list[Callable[[], object]] = [
             store.ping,
             lambda: store.lease("one", 4.0, NOW),
+            lambda: store.release("one"),
+            store.holder,
             lambda: store.apply("r", "s", 1, part("a", 1.0), t),
+            lambda: store.clear("r", t),
+            lambda: store.publish(Snapshot("r", 1, NOW, "split", 0.0, {"": {"a": 1.0}}), t),
+            lambda: store.mark("journal", 1, t),
             lambda: store.sums("r"),
             lambda: store.snapshot("r"),
             lambda: store.marked("journal"),
             lambda: store.assign([("r", "s", Choice("a", 1.0))], 60.0, NOW),
             lambda: store.recall("r", "s", NOW),
+            lambda: store.put_key(new_key("acme", "app", NOW)[1]),
             store.list_keys,
             lambda: store.secret("signing", b"x"),
         ]
         for call in calls:
-            with pytest.raises(StateUnavailable, match=f"127.0.0.1:{server.port}"):
+            began = time.monotonic()
+            with pytest.raises(StateUnavailable, match=f"127.0.0.1:{server.port}.*; check that it runs"):
                 call()
+            assert time.monotonic() - began < 3.0
         server.start()
-        store.ping()
+        assert store.apply("r", "s", 1, part("a", 1.0), token(store)), "scripts are loaded anew"
         store.close()
 
 
