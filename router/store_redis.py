@@ -24,7 +24,8 @@ _LEASE = """
 local held = redis.call('HMGET', KEYS[1], 'owner', 'token', 'expires')
 local owner, token, expires = held[1] or '', tonumber(held[2] or '0'), tonumber(held[3] or '0')
 if owner ~= ARGV[1] and owner ~= '' and tonumber(ARGV[3]) < expires then return nil end
-if owner ~= ARGV[1] then token = token + 1 end
+-- Tokens follow the time, so a Redis that came back empty gives none that is older than a fence left in flight.
+if owner ~= ARGV[1] then token = math.max(token + 1, math.floor(tonumber(ARGV[3]) * 1000)) end
 local ends = string.format('%.6f', tonumber(ARGV[3]) + tonumber(ARGV[2]))
 redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'token', token, 'expires', ends)
 return {tostring(token), ends}
@@ -64,6 +65,13 @@ return 1
 )
 
 _CLEAR = _FENCE + "redis.call('DEL', KEYS[2]) return 1"
+_MARK = """
+-- KEYS: lease hash, mark. ARGV: token, value. What came before a mark is in this store: not if it was emptied since.
+if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return -1 end
+redis.call('SET', KEYS[2], ARGV[2])
+return 1
+"""
+
 _SET = _FENCE + "redis.call('SET', KEYS[2], ARGV[2]) return 1"
 
 _choice = msgspec.json.Decoder(Choice)
@@ -82,6 +90,7 @@ class RedisStore:
         self._apply = self._redis.register_script(_APPLY)
         self._clear = self._redis.register_script(_CLEAR)
         self._set = self._redis.register_script(_SET)
+        self._mark = self._redis.register_script(_MARK)
 
     def close(self) -> None:
         self._redis.close()
@@ -136,9 +145,9 @@ class RedisStore:
             _unfenced(self._set(keys=keys, args=[token, msgspec.json.encode(snapshot)]), token)
 
     def mark(self, name: str, value: int, token: int) -> None:
-        keys = ["understudy:{controller}:fence", f"understudy:{{controller}}:mark:{name}"]
+        keys = ["understudy:{controller}:lease", f"understudy:{{controller}}:mark:{name}"]
         with self._translated():
-            _unfenced(self._set(keys=keys, args=[token, value]), token)
+            _unfenced(self._mark(keys=keys, args=[token, value]), token)
 
     def marked(self, name: str) -> int:
         with self._translated():
@@ -180,7 +189,9 @@ class RedisStore:
         try:
             yield
         except redis.RedisError as error:
-            raise StateUnavailable(f"Redis at {self._where} does not answer: {error}") from error
+            raise StateUnavailable(
+                f"Redis at {self._where} does not answer ({error}); check that it runs and that `state` names it"
+            ) from error
 
 
 def _k(route: str, name: str) -> str:
@@ -194,5 +205,5 @@ def _glob(text: str) -> str:
 
 def _unfenced(answer: int, token: int) -> int:
     if answer == -1:
-        raise Fenced(f"lease {token} was taken over by a newer one")
+        raise Fenced(f"lease {token} ended: another controller took over, or Redis was emptied")
     return answer

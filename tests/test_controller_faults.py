@@ -269,13 +269,16 @@ def test_a_controller_outlives_a_redis_that_goes_away_and_comes_back_empty(
     journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal.append(FACTS)
-    with RedisServer() as server, running(journal, RedisStore(server.url, timeout=0.5), "one"):
-        with contextlib.closing(RedisStore(server.url, timeout=0.5)) as store:
-            eventually(lambda: counted(store))
-            server.stop()
-            eventually(lambda: "does not answer" in caplog.text, 15)
-            server.start()
-            eventually(lambda: counted(store), 15)
+    with (
+        RedisServer() as server,
+        running(journal, RedisStore(server.url, timeout=0.5), "one"),
+        contextlib.closing(RedisStore(server.url, timeout=0.5)) as store,
+    ):
+        eventually(lambda: counted(store))
+        server.stop()
+        eventually(lambda: "does not answer" in caplog.text, 15)
+        server.start()
+        eventually(lambda: counted(store), 15)
 
 
 # Overtaken.

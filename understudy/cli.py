@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     rebuild.add_argument("--write", action="store_true", help="put it in the store's place; `serve` must be stopped")
     _add_config(commands)
     _add_keys(commands)
+    _add_ope(commands)
     _add_replay(commands)
     _add_demo(commands)
     return top
@@ -105,6 +106,32 @@ def _add_keys(commands: Any) -> None:
         verb.set_defaults(run=run)
         _config_option(verb)
         _json_option(verb)
+
+
+def _add_ope(commands: Any) -> None:
+    help = "What another policy would have earned in the sessions that were served; exit 1 if it cannot be said."
+    ope = commands.add_parser(
+        "ope",
+        help=help,
+        description=f"{help} A split has its written shares. A policy that learns is replayed: in each session, the "
+        "weights that it would have published at its start from the rewards known by then (those that the served "
+        "sessions brought, not those that its own would have), floor and holdout included.",
+    )
+    ope.set_defaults(run=_ope)
+    ope.add_argument("--policy", type=Path, required=True, help="a YAML file with `policy:`, as under a route")
+    ope.add_argument("--since", type=_span, default="7d", help="sessions that began in this time (default: 7d)")
+    ope.add_argument("--route", help="needed where the config has several")
+    _config_option(ope)
+    _json_option(ope)
+
+
+def _span(text: str) -> float:
+    from router.policy import seconds
+
+    try:
+        return seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_replay(commands: Any) -> None:
@@ -193,6 +220,27 @@ def _rebuild(arguments: Arguments) -> int:
     data = {"routes": rows, "facts_waiting": waiting, "written": arguments.write}
     _print(arguments, data, lambda: show.rebuilt(rows, waiting))
     return 0 if all(row["same"] for row in rows) else 1
+
+
+def _ope(arguments: Arguments) -> int:
+    from telemetry.journal import Journal
+    from understudy import ope, show
+    from understudy.compose import route_plans
+
+    settings = config.load(arguments.config)
+    name = arguments.route or next(iter(settings.routes))
+    if name not in settings.routes or (arguments.route is None and len(settings.routes) > 1):
+        print(f"understudy ope: --route must be one of {', '.join(settings.routes)}", file=sys.stderr)
+        return 2
+    policy = ope.load_policy(arguments.policy, settings.routes[name])
+    plan = next(plan for plan in route_plans(settings) if plan.name == name)
+    try:
+        found = ope.examine(plan, policy, Journal(settings.journal_path), time.time() - arguments.since)
+    except ValueError as error:
+        print(f"understudy: the journal cannot be evaluated: {error}", file=sys.stderr)
+        return 1
+    _print(arguments, found, lambda: show.ope(found))
+    return 1 if found["refused"] else 0
 
 
 def _opened(arguments: Arguments) -> tuple[list[RoutePlan], Store, Journal]:

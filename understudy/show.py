@@ -91,6 +91,54 @@ def rebuilt(rows: Iterable[Mapping[str, Any]], waiting: int) -> None:
         console.print(f"         {waiting} facts are not counted yet; the controller does that as it comes to them")
 
 
+ESTIMATORS = {"dr": "doubly robust", "switch_dr": "switch-DR", "snips": "SNIPS", "ips": "IPS"}
+
+
+def ope(found: Mapping[str, Any]) -> None:
+    """What another policy would have earned, beside what was earned, and below it the verdict in words."""
+    console.print(_ope_arms(found), _ope_estimates(found))
+    console.print(
+        f"{found['sessions']:,} judged sessions, effective sample size {found['ess']:.0f}, "
+        f"largest weight {found['largest_weight']:.1f}"
+    )
+    console.print(f"[bold]{escape(found['verdict'])}[/]")
+    for note in found["notes"]:
+        console.print(escape(note))
+
+
+def _ope_arms(found: Mapping[str, Any]) -> Table:
+    table = Table(title=escape(found["route"]), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("arm", overflow="fold")
+    for heading in ("judged", "share", "earned", "share under the policy"):
+        table.add_column(heading, justify="right")
+    for row in found["arms"]:
+        table.add_row(
+            escape(row["arm"]),
+            str(row["sessions"]),
+            f"{row['sessions'] / found['sessions']:.1%}" if found["sessions"] else "–",
+            "–" if row["mean"] is None else f"{row['mean']:.3f}",
+            "–" if row["policy_share"] is None else f"{row['policy_share']:.1%}",
+        )
+    return table
+
+
+def _ope_estimates(found: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("mean reward a session")
+    for heading in ("estimate", "± se", "95 %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    estimates = found["estimates"] or dict.fromkeys(ESTIMATORS)
+    lines = [("as served", found["logged"])]
+    lines += [(f"{found['policy']['kind']}, {label}", estimates[name]) for name, label in ESTIMATORS.items()]
+    for label, one in lines:
+        if one is None:
+            table.add_row(label, "–", "–", "–")
+        else:
+            low, high = one["interval"]
+            table.add_row(label, f"{one['value']:.3f}", f"{one['se']:.3f}", escape(f"[{low:.3f}, {high:.3f}]"))
+    return table
+
+
 def findings(found: Iterable[Finding]) -> None:
     for finding in found:
         mark = "[green]good[/]" if finding.ok else "[red]bad [/]"

@@ -1,0 +1,252 @@
+"""`understudy ope`: what another policy would have earned in the sessions that the journal has.
+
+    judged sessions since then → the other policy's probabilities in each → estimates (`router.ope`) → verdict
+
+A `split` has its shares in every session. A policy that learns is replayed: its weights in a session are those that it
+would have published at the session's start from the rewards that were known by then, floor and holdout included. So
+no session's own reward takes part in its weights; but the rewards are those that the served policy's sessions
+brought, not those that this one's would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from router.arms import Cell, Sums
+from router.bandit import Floats, bucket_of
+from router.controller import RoutePlan
+from router.ope import MIN_ESS, Estimate, Evaluation, evaluate, folds_of, predict
+from router.policy import Learned, Policy, Split, Written
+from router.reward import session_reward
+from router.store import session_key
+from router.weights import shares
+from telemetry.events import Interaction, Signal
+from telemetry.journal import Journal
+from understudy.config_text import ConfigError, problems_of, read
+from understudy.settings import Route
+
+PAGE = 1000
+EVIDENCE_HALF_LIVES = 4.0
+"""How far before the window a replayed policy's evidence begins: what is older counts less than 1/16."""
+REPLAYS = 1000
+"""At most about so many times are a replayed policy's weights computed, evenly over the sessions."""
+MOST_UNHEARD = 0.01
+"""Largest share that the policy may give to arms that no judged session drew; nothing is known of them."""
+EXAMPLE = "write one like\n\npolicy: {kind: split, shares: {champion: 0.5, challenger: 0.5}}\n"
+
+
+class PolicyFile(Written):
+    """The file that `--policy` names."""
+
+    policy: Policy = Field(description="The policy to evaluate, as under a route.")
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A session with a reward, as it was drawn first."""
+
+    key: str
+    at: float
+    known: float
+    """When the last signal about it came."""
+    arm: str
+    propensity: float
+    reward: float
+    task_type: str
+    tenant: str
+
+    def segment(self, policy: Policy) -> str:
+        by = policy.segment_by if isinstance(policy, Learned) else None
+        return {"task_type": self.task_type, "tenant": self.tenant}.get(by or "", "")
+
+
+def load_policy(path: Path, route: Route) -> Policy:
+    """The policy written at `path`, or ConfigError with all that is wrong with it or with it on `route`."""
+    try:
+        document = read(path, {}, frozenset())
+    except ConfigError as error:
+        problems = [replace(one, hint=EXAMPLE) if "routes:" in one.hint else one for one in error.problems]
+        raise ConfigError(path, problems) from None
+    problems = list(document.problems)
+    try:
+        written = PolicyFile.model_validate(document.data)
+        Route.model_validate(dict(route) | {"policy": written.policy})
+    except ValidationError as error:
+        problems += problems_of(error, document, PolicyFile.model_json_schema())
+    if problems:
+        raise ConfigError(path, problems)
+    return written.policy
+
+
+def examine(plan: RoutePlan, policy: Policy, journal: Journal, since: float) -> dict[str, Any]:
+    """What `policy` would have earned on the route in the sessions that began since then (Unix seconds).
+
+    `estimates` and `gain` are None where they are refused. Raises ValueError where a logged propensity is none.
+    """
+    lookback = EVIDENCE_HALF_LIVES * policy.half_life if isinstance(policy, Learned) else 0.0
+    evidence = sorted(judged(journal, plan, since - lookback), key=lambda one: (one.at, one.key))
+    sessions = [one for one in evidence if one.at >= since]
+    arms = list(dict.fromkeys([*plan.arms, *(one.arm for one in sessions)]))
+    target = probabilities(policy, list(plan.arms), evidence, sessions, len(arms))
+    drawn = np.array([arms.index(one.arm) for one in sessions], np.int64)
+    rewards = np.array([one.reward for one in sessions])
+    found = _evaluated(drawn, target, sessions) if sessions else None
+    refused = _refusal(found, arms, drawn, target)
+    if found is None:
+        unknown = Estimate(0.0, float("inf"))
+        found = Evaluation(0, 0.0, 0.0, unknown, unknown, unknown, unknown)
+    estimates = {"dr": found.dr, "switch_dr": found.switch_dr, "snips": found.snips, "ips": found.ips}
+    return {
+        "route": plan.name,
+        "policy": policy.model_dump(mode="json"),
+        "since": since,
+        "sessions": found.sessions,
+        "ess": found.ess,
+        "largest_weight": found.largest_weight,
+        "mean_weight": found.mean_weight.value,
+        "logged": _shown(found.logged),
+        "estimates": None if refused else {name: _shown(one) for name, one in estimates.items() if one},
+        "gain": None if refused or not found.gain else _shown(found.gain),
+        "arms": [
+            {
+                "arm": arm,
+                "sessions": int((drawn == k).sum()),
+                "mean": float(rewards[drawn == k].mean()) if (drawn == k).any() else None,
+                "policy_share": float(target[:, k].mean()) if sessions else None,
+            }
+            for k, arm in enumerate(arms)
+        ],
+        "refused": refused,
+        "verdict": refused or _verdict(found),
+        "notes": _notes(found),
+    }
+
+
+def judged(journal: Journal, plan: RoutePlan, since: float) -> Iterator[Judged]:
+    """Each session of the route that began since then and has a reward."""
+    seen: set[tuple[str, str]] = set()
+    for page in _pages(journal, since):
+        keys = dict.fromkeys((i.tenant, i.session) for i in page if i.route == plan.name)
+        sessions = journal.sessions(keys.keys() - seen, {})
+        seen |= keys.keys()
+        signals = [s for _, s in journal.signals_about(i for rows in sessions.values() for _, i in rows)]
+        heard = _by_session(signals, (i for rows in sessions.values() for _, i in rows))
+        for key, rows in sessions.items():
+            about = heard.get(key, [])
+            here = [i for _, i in rows if i.route == plan.name]
+            reward = session_reward(here, about, plan.reward.signals) if about else None
+            if reward is not None and reward.at >= since:
+                first = next(i for i in here if (i.at, i.answerer.arm) == (reward.at, reward.arm))
+                if not 0.0 < first.answerer.propensity <= 1.0 + 1e-9:
+                    raise ValueError(f"session {first.session}: a logged propensity of {first.answerer.propensity:g}")
+                known = max(s.received_at or s.at for s in about)
+                yield Judged(
+                    session_key(*key), reward.at, max(known, reward.at), reward.arm, first.answerer.propensity,
+                    reward.reward, first.task_type or "", first.tenant,
+                )  # fmt: skip
+
+
+def _pages(journal: Journal, since: float) -> Iterator[list[Interaction]]:
+    """The requests not older than `since`, newest page first; facts come nearly in the order of their times."""
+    end = journal.last()
+    while end > 0:
+        rows = [fact for seq, fact in journal.read(max(0, end - PAGE), PAGE) if seq <= end]
+        fresh = [fact for fact in rows if fact.at >= since]
+        yield [fact for fact in fresh if isinstance(fact, Interaction)]
+        if len(fresh) < len(rows) / 2:
+            return
+        end -= PAGE
+
+
+def _by_session(signals: Iterable[Signal], answers: Iterable[Interaction]) -> dict[tuple[str, str], list[Signal]]:
+    """The signals about each (tenant, session), by their answers' names or its own."""
+    names = {(i.tenant, name): i.session for i in answers for name in (i.request_id, i.response_id, i.trace_id) if name}
+    found: dict[tuple[str, str], list[Signal]] = {}
+    for s in signals:
+        name = s.response_id or s.trace_id
+        session = names.get((s.tenant, name)) if name else s.session
+        if session is not None:
+            found.setdefault((s.tenant, session), []).append(s)
+    return found
+
+
+def probabilities(
+    policy: Policy, arms: Sequence[str], evidence: Sequence[Judged], sessions: Sequence[Judged], k: int
+) -> Floats:
+    """The policy's probabilities [n, k] in each of `sessions`, oldest first; arms beyond `arms` get none."""
+    target = np.zeros((len(sessions), k))
+    if isinstance(policy, Split):
+        target[:, : len(arms)] = [policy.shares.get(arm, 0.0) for arm in arms]
+        return np.asarray(target / target.sum(1, keepdims=True))
+    cells: dict[Cell, Sums] = {}
+    waiting = sorted(evidence, key=lambda one: one.known, reverse=True)
+    step = max(1, len(sessions) // REPLAYS)
+    for start in range(0, len(sessions), step):
+        now = sessions[start].at
+        while waiting and waiting[-1].known < now:
+            one = waiting.pop()
+            cell = Cell(one.segment(policy), one.arm, bucket_of(one.at))
+            cells[cell] = cells.get(cell, Sums()).plus(Sums(1.0, one.reward, one.reward**2))
+        weights = shares(policy, arms, cells, now)
+        for place, session in enumerate(sessions[start : start + step], start):
+            own = weights.get(session.segment(policy), weights[""])
+            target[place, : len(arms)] = [own[arm] for arm in arms]
+    target[:, : len(arms)] = (1.0 - policy.holdout) * target[:, : len(arms)] + policy.holdout / len(arms)
+    return target
+
+
+def _evaluated(drawn: np.ndarray[Any, np.dtype[np.int64]], target: Floats, sessions: Sequence[Judged]) -> Evaluation:
+    rewards = [one.reward for one in sessions]
+    segments = [one.task_type for one in sessions]
+    model = predict(drawn, rewards, folds_of([one.key for one in sessions]), target.shape[1], segments)
+    return evaluate(drawn, [one.propensity for one in sessions], rewards, target, model)
+
+
+def _refusal(
+    found: Evaluation | None, arms: Sequence[str], drawn: np.ndarray[Any, np.dtype[np.int64]], target: Floats
+) -> str | None:
+    """Why nothing can be said; None where something can."""
+    if found is None:
+        return "No session of that time has a reward, so there is nothing to say."
+    for k, arm in enumerate(arms):
+        share = float(target[:, k].mean())
+        if share > MOST_UNHEARD and not (drawn == k).any():
+            return f"No judged session drew {arm}, to which this policy gives {share:.1%}: what it earns is unknown."
+    if not found.enough:
+        return (
+            f"Too few comparable sessions to say: {found.sessions:,} judged sessions are worth {found.ess:.0f} of this "
+            f"policy's own, and {MIN_ESS:.0f} are needed."
+        )
+    return None
+
+
+def _verdict(found: Evaluation) -> str:
+    assert found.gain is not None
+    low, high = found.gain.interval
+    told = f"{found.gain.value:+.3f} a session, 95 % interval [{low:+.3f}, {high:+.3f}]"
+    if low > 0.0:
+        return f"This policy would have earned more than what was served: {told}."
+    if high < 0.0:
+        return f"This policy would have earned less than what was served: {told}."
+    return f"No difference from what was served can be told: {told}."
+
+
+def _notes(found: Evaluation) -> list[str]:
+    if not (found.sessions > 1 and found.suspect):
+        return []
+    return [
+        f"The weights average {found.mean_weight.value:.2f} instead of 1: an arm could not be drawn all the time, or "
+        "is judged more often than another. Trust DR more than SNIPS, and IPS not at all."
+    ]
+
+
+def _shown(estimate: Estimate) -> dict[str, Any] | None:
+    if not np.isfinite(estimate.se):
+        return None
+    return asdict(estimate) | {"interval": list(estimate.interval)}
