@@ -2,10 +2,13 @@
 
     facts → sessions they touch → each session's reward → change of its contribution → sums → weights → snapshot
 
-It keeps nothing in memory that matters. A session's reward is always computed anew from all of its facts and
-applied under the sequence number of the newest one, so facts may come late, in any order, twice, or after a
-restart in the middle, and count once. If the store was emptied, the mark is gone with it, and the journal is read
-again from the start.
+It goes through the journal twice: all facts as they come, and signals once more when they are as old as the reward's
+window, for behaviour counts only then (`router.reward`). Two marks in the store say how far it is.
+
+It keeps nothing in memory that matters. A session's reward is always computed anew from all of its facts and applied
+under a revision that grows with each fact and with each mark that passes one, so facts may come late, in any order,
+twice, or after a restart in the middle, and count once. If the store was emptied, the marks are gone with it, and the
+journal is read again from the start.
 """
 
 from __future__ import annotations
@@ -13,12 +16,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from router.arms import Snapshot
+from router.arms import Cell, Snapshot, Sums
 from router.policy import Arm, Policy, Reward, Split
-from router.reward import session_reward
+from router.reward import Heard, session_reward
 from router.store import Store, session_key
 from router.weights import shares
 from telemetry.errors import Fenced, StateError
@@ -47,6 +50,21 @@ class RoutePlan:
     reward: Reward
 
 
+@dataclass(frozen=True, slots=True)
+class Ripened:
+    """What has waited for a window since the last look: the mark before, the mark now, the signals between."""
+
+    window: float
+    before: int
+    mark: int
+    signals: list[tuple[int, Signal]]
+
+
+def matured(window: float) -> str:
+    """The name of the mark up to which signals have waited for `window` seconds."""
+    return f"matured:{window:g}"
+
+
 class Controller:
     """`run` until stopped; `step` is one round. Never two at once on a store: the second waits for the lease."""
 
@@ -57,6 +75,8 @@ class Controller:
         self._owner = owner
         self._full: set[str] = set()
         """Routes whose segments were said to be too many."""
+        self._ripening: dict[float, tuple[int, float]] = {}
+        """By window: beyond this mark no signal is old enough before this time, so there is nothing to look for."""
 
     def run(self, stopping: threading.Event) -> None:
         """Work until `stopping` is set, waiting a policy's refresh between rounds; outlives any outage of the store."""
@@ -87,15 +107,39 @@ class Controller:
         if read > self._journal.last():
             read = 0  # another journal than the one this mark was made on
         facts = self._journal.read(read, BATCH)
-        if facts:
-            sessions = self._journal.sessions(self._touched(fact for _, fact in facts), dict(facts))
-            self._hear([fact for _, fact in facts if isinstance(fact, Interaction)], sessions)
-            self._settle(sessions, lease.token)
+        end = facts[-1][0] if facts else read
+        ripened = [self._ripened(window, end, now) for window in {r.reward.window for r in self.routes.values()}]
+        heard = 0
+        new = {seq: fact for one in ripened for seq, fact in one.signals} | dict(facts)
+        if new:
+            sessions = self._journal.sessions(self._touched(new.values()), new)
+            heard = self._hear([fact for _, fact in facts if isinstance(fact, Interaction)], sessions)
+            self._settle(sessions, {one.window: one.mark for one in ripened}, lease.token)
         for route in self.routes.values():
             self._publish(route, now, lease.token)
+        for one in ripened:
+            if one.mark > one.before:
+                self._store.mark(matured(one.window), one.mark, lease.token)
         if facts:
-            self._store.mark("journal", facts[-1][0], lease.token)
-        return len(facts) == BATCH
+            self._store.mark("journal", end, lease.token)
+        return heard > 0 or BATCH in (len(facts), *(len(one.signals) for one in ripened))
+
+    def _ripened(self, window: float, end: int, now: float) -> Ripened:
+        """The next signals, of those up to `end`, that have waited for `window` seconds.
+
+        One from the future (a clock was set back) need not wait.
+        """
+        before = min(self._store.marked(matured(window)), end)
+        looked, until = self._ripening.get(window, (-1, 0.0))
+        if looked == before and 0.0 < until - now <= window:
+            return Ripened(window, before, before, [])
+        signals = self._journal.signals(before, end, BATCH)
+        for place, (seq, signal) in enumerate(signals):
+            heard = signal.received_at or signal.at
+            if 0.0 <= now - heard < window:
+                self._ripening[window] = seq - 1, heard + window
+                return Ripened(window, before, seq - 1, signals[:place])
+        return Ripened(window, before, signals[-1][0] if len(signals) == BATCH else end, signals)
 
     def _touched(self, facts: Iterable[Fact]) -> list[Session]:
         """The sessions whose reward may have changed; a signal whose answer is not known yet touches none."""
@@ -105,44 +149,26 @@ class Controller:
             sessions.update({(i.tenant, i.session): None for i in about})
         return list(sessions)
 
-    def _hear(self, new: Iterable[Interaction], sessions: Requests) -> None:
-        """Journal the signals that new requests give about earlier answers."""
+    def _hear(self, new: Iterable[Interaction], sessions: Requests) -> int:
+        """Journal the signals that new requests give about earlier answers; how many there were."""
+        heard = []
         for fact in new:
             earlier = [i for _, i in sessions[fact.tenant, fact.session] if i.route == fact.route]
             signal = regenerated(earlier, fact)
             if signal is not None and not self._journal.has_signal(signal.event_id):
-                self._journal.append([signal])
+                heard.append(signal)
+        if heard:
+            self._journal.append(heard)
+        return len(heard)
 
-    def _settle(self, sessions: Requests, token: int) -> None:
+    def _settle(self, sessions: Requests, marks: Mapping[float, int], token: int) -> None:
         """Bring the sessions' contributions to each route's sums up to date."""
         signals = self._journal.signals_about(i for requests in sessions.values() for _, i in requests)
-        session_of = {
-            (tenant, name): session
-            for (tenant, session), requests in sessions.items()
-            for _, i in requests
-            for name in (i.request_id, i.response_id, i.trace_id)
-            if name
-        }
-        heard: dict[Session, list[tuple[int, Signal]]] = {}
-        for seq, s in signals:
-            name = s.response_id or s.trace_id
-            session = session_of.get((s.tenant, name)) if name else s.session
-            if session is not None:
-                heard.setdefault((s.tenant, session), []).append((seq, s))
-        for key, about in heard.items():  # a session without any signal has nothing to contribute, nor to take back
-            self._settle_one(key, sessions[key], about, token)
-
-    def _settle_one(
-        self, key: Session, requests: list[tuple[int, Interaction]], signals: list[tuple[int, Signal]], token: int
-    ) -> None:
-        for name in {i.route for _, i in requests} & self.routes.keys():
-            interactions = [(seq, i) for seq, i in requests if i.route == name]
-            revision = max(seq for seq, _ in (*interactions, *signals))
-            reward = session_reward(
-                [i for _, i in interactions], [s for _, s in signals], self.routes[name].reward.signals
-            )
-            contribution = reward.contribution() if reward else {}
-            self._store.apply(name, session_key(*key), revision, contribution, token)
+        for key, heard in by_session(sessions, signals).items():
+            for name in {i.route for _, i in sessions[key]} & self.routes.keys():
+                plan = self.routes[name]
+                revision, cells = contribution(plan, sessions[key], heard, marks[plan.reward.window])
+                self._store.apply(name, session_key(*key), revision, cells, token)
 
     def _publish(self, route: RoutePlan, now: float, token: int) -> None:
         """Publish the route's weights if they moved."""
@@ -163,6 +189,39 @@ class Controller:
             log.warning("route %s: %d segments, no more get weights of their own", route.name, policy.max_segments)
         segments = shares(policy, list(route.arms), cells, now)
         return Snapshot(route.name, version, now, policy.kind, policy.holdout, segments, full)
+
+
+def by_session(sessions: Requests, signals: Iterable[Heard]) -> dict[Session, list[Heard]]:
+    """The signals about each session. One without any is left out: it has nothing to contribute, nor to take back."""
+    session_of = {
+        (tenant, name): session
+        for (tenant, session), requests in sessions.items()
+        for _, i in requests
+        for name in (i.request_id, i.response_id, i.trace_id)
+        if name
+    }
+    heard: dict[Session, list[Heard]] = {}
+    for seq, s in signals:
+        name = s.response_id or s.trace_id
+        session = session_of.get((s.tenant, name)) if name else s.session
+        if session is not None:
+            heard.setdefault((s.tenant, session), []).append((seq, s))
+    return heard
+
+
+def contribution(
+    plan: RoutePlan, requests: Sequence[tuple[int, Interaction]], signals: Sequence[Heard], mark: int
+) -> tuple[int, dict[Cell, Sums]]:
+    """The revision of what a session contributes to the route's sums, and that: {} while there is no reward.
+
+    `mark`: the sequence number up to which signals have waited for the window. The revision grows with each fact,
+    and when the mark passes one.
+    """
+    own = [(seq, i) for seq, i in requests if i.route == plan.name]
+    newest = max(seq for seq, _ in (*own, *signals))
+    ripe = max((seq for seq, _ in signals if seq <= mark), default=0)
+    reward = session_reward([i for _, i in own], signals, plan.reward, mark)
+    return newest + ripe, reward.contribution() if reward else {}
 
 
 def _moved(old: Snapshot, new: Snapshot) -> bool:

@@ -246,16 +246,46 @@ class Split(Written):
 Policy = Annotated[Thompson | TopTwo | Epsilon | Split, Field(discriminator="kind")]
 
 
+class Outcome(Written):
+    """The business result that a route is for."""
+
+    name: Text = Field(description="Name under which apps report it, as in {kind: outcome, name: resolved, value: 1}.")
+    worst: float = Field(0.0, description="The value that is worth nothing; what is beyond counts the same.")
+    best: float = Field(1.0, description="The value that is worth everything; below worst where less is better.")
+
+    @model_validator(mode="after")
+    def _has_a_scale(self) -> Outcome:
+        if self.worst == self.best:
+            raise fault("is the same as worst; write the two values between which the outcome lies", "best")
+        return self
+
+
+def _named(written: object) -> object:
+    """{"name": X} of "X"."""
+    return {"name": written} if isinstance(written, str) else written
+
+
+OutcomeOrName = Annotated[Outcome, BeforeValidator(_named, json_schema_input_type=str | Outcome)]
+
+
 class Reward(Written):
     """How a session's signals and outcome become one number."""
 
-    window: PositiveDuration = Field(600.0, description="How long after its last answer a session still hears signals.")
+    window: PositiveDuration = Field(
+        600.0,
+        description="How long after an answer its users' behaviour is heard, and then counted. "
+        "Votes and outcomes count as they come, and later too.",
+    )
     signals: FrozenMap[SignalKind, Weight] = Field(
         default=dict(DEFAULT_SIGNALS),
         description="Weight of each signal kind, -1 (bad) to 1 (good). Written, it replaces the whole table: "
         "a kind left out does not count.",
     )
-    outcome: Text | None = Field(None, description="Name of the business outcome that decides a session's reward.")
+    outcome: OutcomeOrName | None = Field(
+        None,
+        description="The business outcome that is a session's reward once it is known; until then signals are. "
+        "Its name, or a mapping with its scale.",
+    )
 
 
 class Stage(Written):

@@ -2,8 +2,14 @@
 
 Each answer's evidence is the sum of weight x score over the kinds of signal that it got, cut to [-1, 1]; a
 session's reward is 0.5 + 0.5 x the mean over the answers that have evidence. An answer nobody reacted to is not
-a zero: it is not counted at all. The session's reward belongs to the arm that it was assigned first (as in an
-experiment that is analysed by intention to treat), even if an operator pinned another one later.
+a zero: it is not counted at all. Once the route's business outcome is known, it alone is the reward.
+
+A vote says good or bad with the same ease, so it counts as it comes. A behaviour has one sign, and good and bad ones
+take different times to show (a copy comes before a second try), so what an answer got counts only when its first
+signal is as old as the window: then all of them do, and later ones of that window revise the reward.
+
+The session's reward belongs to the arm that it was assigned first (as in an experiment that is analysed by intention
+to treat), even if an operator pinned another one later.
 """
 
 from __future__ import annotations
@@ -13,7 +19,16 @@ from dataclasses import dataclass
 
 from router.arms import Cell, Sums
 from router.bandit import bucket_of
+from router.policy import Outcome, Reward
 from telemetry.events import Interaction, Signal
+
+TWO_SIDED = frozenset(["thumb", "rating", "comparison", "survey", "outcome"])
+SESSION = "session"
+"""In the place of an answer: the session as a whole."""
+ALL = 2**63 - 1
+
+Heard = tuple[int, Signal]
+"""A signal with its sequence number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,50 +65,75 @@ def score(signal: Signal) -> float | None:
             return 1.0
 
 
-def counted(signals: Iterable[Signal], answer_of: Mapping[str, str]) -> list[tuple[str, Signal]]:
-    """Of signals in order of arrival, those that count, each with the answer (or "session") that it is about.
+def counted(signals: Iterable[Heard], answer_of: Mapping[str, str]) -> list[tuple[str, int, Signal]]:
+    """Of signals in order of arrival, those that count, each with the answer (or `SESSION`) that it is about.
 
     The last one of each event id and, of those, of each (answer, kind, name, subject) counts. `answer_of`: an
     answer by any of its names; a signal about one that is not there does not count.
     """
-    latest: dict[str, Signal] = {}
-    for signal in signals:
+    latest: dict[str, Heard] = {}
+    for seq, signal in signals:
         latest.pop(signal.event_id, None)  # in order of the last arrivals
-        latest[signal.event_id] = signal
-    slots: dict[tuple[object, ...], tuple[str, Signal]] = {}
-    for signal in latest.values():
-        named = signal.response_id or signal.trace_id
-        answer = answer_of.get(named) if named else "session"
+        latest[signal.event_id] = seq, signal
+    slots: dict[tuple[object, ...], tuple[str, int, Signal]] = {}
+    for seq, signal in latest.values():
+        answer = _answer(signal, answer_of)
         if answer is not None:
-            slots[answer, signal.kind, signal.name, signal.subject] = answer, signal
+            slots[answer, signal.kind, signal.name, signal.subject] = answer, seq, signal
     return list(slots.values())
 
 
 def session_reward(
-    interactions: Sequence[Interaction], signals: Iterable[Signal], weights: Mapping[str, float]
+    interactions: Sequence[Interaction], signals: Sequence[Heard], terms: Reward, matured: int = ALL
 ) -> SessionReward | None:
     """The reward of one session on one route; None while there is no evidence.
 
-    `interactions`: oldest first. `signals`: all signals about them, in order of arrival. `weights`: by kind.
-    Answers that failed, and those that an operator pinned to an arm, are no evidence about an arm's quality. A
-    verdict on the whole session stands beside those on its answers.
+    `interactions`: oldest first. `signals`: all signals about them, in order of arrival. `matured`: the sequence
+    number up to which signals have waited for `terms.window`. Answers that failed, and those that an operator pinned
+    to an arm, are no evidence about an arm's quality. A verdict on the session stands beside those on its answers.
     """
     answers = [i for i in interactions if i.error in (None, "client_left") and i.answerer.policy != "pinned"]
     if not answers:
         return None
-    known = {name: i.event_id for i in answers for name in (i.request_id, i.response_id, i.trace_id) if name}
+    names = {name: i.event_id for i in answers for name in (i.request_id, i.response_id, i.trace_id) if name}
+    ends = {i.event_id: i.at + i.duration for i in answers}
+    ends[SESSION] = max(ends.values())
+    ripe = {_answer(signal, names) for seq, signal in signals if seq <= matured}
     evidence: dict[str, float] = {}
+    outcomes: list[float] = []
     moved_by: dict[str, int] = {}
-    for answer, signal in counted(signals, known):
-        weight, sign = weights.get(signal.kind), score(signal)
-        if weight is None or sign is None:
+    for answer, _, signal in counted(signals, names):
+        if signal.kind not in TWO_SIDED and (answer not in ripe or _happened(signal) > ends[answer] + terms.window):
             continue
-        evidence[answer] = evidence.get(answer, 0.0) + weight * sign
-        moved_by[signal.kind] = moved_by.get(signal.kind, 0) + 1
-    if not evidence:
-        return None
-    mean = sum(max(-1.0, min(1.0, e)) for e in evidence.values()) / len(evidence)
+        if terms.outcome and (result := _result(signal, terms.outcome)) is not None:
+            outcomes.append(result)
+        weight, sign = terms.signals.get(signal.kind), score(signal)
+        if weight is not None and sign is not None:
+            evidence[answer] = evidence.get(answer, 0.0) + weight * sign
+            moved_by[signal.kind] = moved_by.get(signal.kind, 0) + 1
     first = answers[0]
-    return SessionReward(
-        first.answerer.arm, first.at, 0.5 + 0.5 * mean, len(evidence), moved_by, first.answerer.segment
-    )
+    if outcomes:
+        reward, heard, moved_by = sum(outcomes) / len(outcomes), len(outcomes), {"outcome": len(outcomes)}
+    elif evidence:
+        heard = len(evidence)
+        reward = 0.5 + 0.5 * sum(max(-1.0, min(1.0, e)) for e in evidence.values()) / heard
+    else:
+        return None
+    return SessionReward(first.answerer.arm, first.at, reward, heard, moved_by, first.answerer.segment)
+
+
+def _answer(signal: Signal, answer_of: Mapping[str, str]) -> str | None:
+    named = signal.response_id or signal.trace_id
+    return answer_of.get(named) if named else SESSION
+
+
+def _happened(signal: Signal) -> float:
+    """When, as the client says, but not later than we heard of it."""
+    return min(signal.at, signal.received_at or signal.at)
+
+
+def _result(signal: Signal, outcome: Outcome) -> float | None:
+    """The outcome on the scale from 0 (its worst) to 1 (its best); None if this is another one."""
+    if signal.kind != "outcome" or signal.name != outcome.name or signal.value is None:
+        return None
+    return max(0.0, min(1.0, (signal.value - outcome.worst) / (outcome.best - outcome.worst)))

@@ -92,6 +92,11 @@ class Journal:
         """Up to `limit` facts in the order of arrival, each with its sequence number (> `after`)."""
         return self._select("WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
 
+    def signals(self, after: int, until: int, limit: int = 1000) -> list[tuple[int, Signal]]:
+        """Up to `limit` signals with after < sequence number ≤ until, in the order of arrival."""
+        where = "WHERE seq > ? AND seq <= ? AND +type = 'signal' ORDER BY seq LIMIT ?"  # "+": by seq, not by the index
+        return [(seq, fact) for seq, fact in self._select(where, (after, until, limit)) if isinstance(fact, Signal)]
+
     def last(self) -> int:
         """Sequence number of the newest fact, 0 when there is none."""
         with translated(self.path):

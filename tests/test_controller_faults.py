@@ -27,6 +27,8 @@ from telemetry.events import Answerer, Fact, Interaction, Signal
 from telemetry.journal import Journal
 
 NOW = 1_800_000_000.0
+THEN = NOW - 1000.0
+"""When the facts happened: their window is over."""
 LATER = NOW + LEASE_SECONDS + 1
 PLAN = RoutePlan(
     "assistant", {"a": Arm(model="m-a"), "b": Arm(model="m-b")}, Thompson(kind="thompson", refresh=0.02), Reward()
@@ -35,19 +37,19 @@ PLAN = RoutePlan(
 
 def answer(name: str, session: str, arm: str = "a", **fields: Any) -> Interaction:
     made = {
-        "event_id": f"event-{name}", "at": NOW, "request_id": name, "route": "assistant", "tenant": "acme",
+        "event_id": f"event-{name}", "at": THEN, "request_id": name, "route": "assistant", "tenant": "acme",
         "session": session, "answerer": Answerer(arm, f"m-{arm}"),
     }  # fmt: skip
     return Interaction(**(made | fields))
 
 
 def vote(name: str, about: str, kind: str = "thumb", value: float = 1.0) -> Signal:
-    return Signal(name, NOW, kind, "acme", value=value, response_id=about)
+    return Signal(name, THEN, kind, "acme", value=value, response_id=about)
 
 
 FACTS: list[Fact] = [
-    answer("r1", "liked", "a", at=NOW - 9),
-    answer("r2", "liked", "b", at=NOW - 8),  # the session is the arm's that it began with
+    answer("r1", "liked", "a", at=THEN - 9),
+    answer("r2", "liked", "b", at=THEN - 8),  # the session is the arm's that it began with
     vote("v1", "r1"),
     vote("v2", "r2", "copy"),
     answer("r3", "disliked", "b"),

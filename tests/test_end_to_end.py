@@ -19,6 +19,7 @@ import openai
 import pytest
 from redis_server import RedisServer
 
+from router.controller import matured
 from router.store_redis import RedisStore
 from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal
@@ -69,6 +70,7 @@ class House:
             f"    upstreams: [{vllm}]\n"
             "    arms: {champion: {model: hasty}, challenger: {model: careful}}\n"
             "    policy: {kind: thompson, refresh: 500ms}\n"
+            "    reward: {window: 1s}\n"
         )
 
     def serve(self) -> Any:
@@ -92,10 +94,10 @@ class House:
             store.close()
 
     def settled(self) -> bool:
-        """The controller has counted all that is journaled."""
+        """The controller has counted all that is journaled, and the window of all signals is over."""
         journal, store = Journal(self.folder / "journal.db"), RedisStore(self.state)
         try:
-            return store.marked("journal") == journal.last()
+            return store.marked("journal") == store.marked(matured(1.0)) == journal.last()
         finally:
             journal.close()
             store.close()

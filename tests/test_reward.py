@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router import reward as rewards
 from router.arms import Cell, Sums
 from router.bandit import BUCKET
-from router.reward import counted, score, session_reward
+from router.policy import Reward
+from router.reward import Heard, SessionReward, counted, score
 from telemetry.events import SIGNAL_KINDS, Answerer, Interaction, Signal
 from telemetry.journal import Journal
 from telemetry.signals import regenerated
 
 WEIGHTS = {"thumb": 1.0, "rating": 0.8, "copy": 0.3, "regenerate": -0.4, "escalation": -1.0}
+
+
+def session_reward(
+    answers: list[Interaction], signals: Sequence[Signal], weights: dict[str, float], **options: Any
+) -> SessionReward | None:
+    """With the weights alone, and signals numbered from 1."""
+    terms = Reward.model_construct(signals=weights, window=3600.0, outcome=None)
+    return rewards.session_reward(answers, numbered(signals), terms, **options)
+
+
+def numbered(signals: Iterable[Signal]) -> list[Heard]:
+    return list(enumerate(signals, 1))
 
 
 def answer(name: str, arm: str = "a", policy: str = "thompson", **fields: Any) -> Interaction:
@@ -96,8 +112,8 @@ def test_only_the_last_of_each_event_and_of_each_slot_counts(signals: list[Signa
         name = s.response_id or s.trace_id
         if name is None or name in names:
             slots[names[name] if name else "session", s.kind, s.name, s.subject] = s
-    found = counted(signals, names)
-    assert {(about, s.kind, s.name, s.subject): s for about, s in found} == slots
+    found = counted(numbered(signals), names)
+    assert {(about, s.kind, s.name, s.subject): s for about, _, s in found} == slots
     assert len(found) == len(slots)
 
 
@@ -189,7 +205,7 @@ def test_the_votes_of_two_subjects_both_count(signal: Signals) -> None:
 
 def test_outcomes_of_different_names_do_not_replace_each_other(signal: Signals) -> None:
     both = [signal("one", "outcome", name="paid"), signal("one", "outcome", name="solved")]
-    assert len(counted(both, {"one": "one"})) == 2
+    assert len(counted(numbered(both), {"one": "one"})) == 2
 
 
 def test_an_event_sent_again_about_another_answer_moves_there(signal: Signals) -> None:
@@ -286,3 +302,90 @@ def test_the_same_input_in_another_session_or_of_another_tenant_never_counts(tmp
     earlier = journal.sessions([("acme", "s1")], {})["acme", "s1"]
     journal.close()
     assert regenerated([i for _, i in earlier], new) is None
+
+
+# When: votes as they come, behaviour once the window is over.
+
+TERMS = Reward(signals=WEIGHTS, window=60.0)
+
+
+def heard(*signals: Signal, matured: int = rewards.ALL, terms: Reward = TERMS) -> float | None:
+    found = rewards.session_reward([answer("one", duration=10.0), answer("two")], numbered(signals), terms, matured)
+    return found.reward if found else None
+
+
+def test_a_vote_counts_as_it_comes_and_however_late(signal: Signals) -> None:
+    assert heard(signal("one"), matured=0) == 1.0
+    assert heard(signal("one", at=1e9), matured=0) == 1.0
+    assert heard(signal("one", "rating", 1.0), matured=0) == pytest.approx(0.1)
+
+
+def test_behaviour_counts_once_the_answers_first_signal_is_ripe(signal: Signals) -> None:
+    copied, again = signal("one", "copy", at=1020.0), signal("one", "regenerate", at=1040.0)
+    assert heard(copied, again, matured=0) is None
+    assert heard(copied, again, matured=1) == pytest.approx(0.45), "both of the answer, though only the first is ripe"
+    assert heard(signal("two", "copy", at=1020.0), again, matured=1) == pytest.approx(0.65), "the other answer's waits"
+
+
+def test_behaviour_after_the_window_says_nothing_of_the_answer(signal: Signals) -> None:
+    assert heard(signal("one", "copy", at=1070.0)) == pytest.approx(0.65), "the window begins at the answer's end"
+    assert heard(signal("one", "copy", at=1070.5)) is None
+    assert heard(signal("one", "copy", at=1e9, received_at=1030.0)) == pytest.approx(0.65), "a clock that is ahead"
+    assert heard(signal("one", "copy", at=0.0, received_at=1e9)) == pytest.approx(0.65), "the app was offline"
+
+
+def test_a_changed_signal_does_not_unripen_its_answer(signal: Signals) -> None:
+    first = signal("one", "copy", at=1020.0)
+    assert heard(first, msgspec.structs.replace(first, target="all"), matured=1) == pytest.approx(0.65)
+
+
+def test_a_verdict_on_the_session_has_the_window_of_its_last_answer(signal: Signals) -> None:
+    verdict = signal(None, "escalation", at=1069.0, session="s1")
+    assert heard(verdict, matured=0) is None
+    assert heard(verdict) == 0.0
+
+
+@given(signals=st.lists(anything, max_size=12), marks=st.lists(st.integers(0, 12), min_size=2, max_size=2))
+def test_more_is_heard_as_the_mark_moves_on(signals: list[Signal], marks: list[int]) -> None:
+    def of(mark: int) -> set[str]:
+        found = rewards.session_reward(SOME, numbered(signals), TERMS, mark)
+        return set(found.moved_by) if found else set()
+
+    assert of(min(marks)) <= of(max(marks))
+
+
+# The outcome.
+
+
+def outcome(signal: Signals, value: float | None, **fields: Any) -> Signal:
+    return signal("two", "outcome", value, **({"name": "solved"} | fields))
+
+
+@pytest.mark.parametrize(
+    ("terms", "value", "reward"),
+    [
+        ("solved", 1.0, 1.0),
+        ("solved", 0.0, 0.0),
+        ("solved", 7.0, 1.0),
+        ({"name": "solved", "best": 10}, 7.0, 0.7),
+        ({"name": "solved", "worst": 60, "best": 0}, 15.0, 0.75),
+        ({"name": "solved", "worst": 60, "best": 0}, 90.0, 0.0),
+    ],
+)
+def test_the_outcome_is_the_reward_once_it_is_known(signal: Signals, terms: Any, value: float, reward: float) -> None:
+    known = Reward(signals=WEIGHTS, outcome=terms)
+    assert heard(signal("one"), signal("two"), terms=known) == 1.0, "signals stand in until then"
+    assert heard(signal("one"), outcome(signal, value, at=1e9), terms=known, matured=0) == pytest.approx(reward)
+
+
+def test_another_outcome_or_one_without_a_number_decides_nothing(signal: Signals) -> None:
+    known = Reward(signals=WEIGHTS, outcome="solved")
+    assert heard(signal("one"), outcome(signal, 0.0, name="sold"), terms=known) == 1.0
+    assert heard(signal("one"), outcome(signal, None), terms=known) == 1.0
+    assert heard(signal("one"), outcome(signal, 0.0)) == 1.0, "a route without an outcome"
+
+
+def test_the_last_word_on_the_outcome_counts_and_several_people_share_it(signal: Signals) -> None:
+    known = Reward(signals=WEIGHTS, outcome="solved")
+    assert heard(outcome(signal, 0.0), outcome(signal, 1.0), terms=known) == 1.0
+    assert heard(outcome(signal, 0.0, subject="ann"), outcome(signal, 1.0, subject="bob"), terms=known) == 0.5

@@ -666,15 +666,19 @@ def test_the_sample_names_what_this_version_leaves_undone(settle: Any) -> None:
     assert [note.split(" is accepted, but this version does not act on it yet: ")[0] for note in notes] == [
         "capture.retention",
         "admin",
-        "routes.assistant.reward.window",
         "routes.assistant.rollout",
         "routes.assistant.learner",
     ]
-    outcome = settle(f"{ROUTE}    reward: {{outcome: sale}}\narchive: s3://bucket/x\n")
-    assert [note.split()[0] for note in accepted_but_unused(outcome)] == [
-        "archive",
-        "routes.assistant.reward.outcome",
-    ]
+    archived = settle(f"{ROUTE}archive: s3://bucket/x\n")
+    assert [note.split()[0] for note in accepted_but_unused(archived)] == ["archive"]
+
+
+def test_an_outcome_is_a_name_or_a_mapping_with_its_scale(settle: Any) -> None:
+    def outcome(written: str) -> Any:
+        return settle(f"{ROUTE}    reward: {{outcome: {written}}}\n").routes["assistant"].reward.outcome
+
+    assert outcome("sale").model_dump() == {"name": "sale", "worst": 0.0, "best": 1.0}
+    assert outcome("{name: minutes, worst: 60, best: 0}").best == 0.0
 
 
 def test_the_digest_follows_the_meaning_and_not_the_writing(settle: Any) -> None:

@@ -10,7 +10,7 @@ brought, not those that this one's would have.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from pydantic import Field, ValidationError
 
 from router.arms import Cell, Sums
 from router.bandit import Floats, bucket_of
-from router.controller import RoutePlan
+from router.controller import RoutePlan, by_session
 from router.ope import MIN_ESS, Estimate, Evaluation, evaluate, folds_of, predict
 from router.policy import Learned, Policy, Split, Written
 from router.reward import session_reward
 from router.store import session_key
 from router.weights import shares
-from telemetry.events import Interaction, Signal
+from telemetry.events import Interaction
 from telemetry.journal import Journal
 from understudy.config_text import ConfigError, problems_of, read
 from understudy.settings import Route
@@ -135,17 +135,17 @@ def judged(journal: Journal, plan: RoutePlan, since: float) -> Iterator[Judged]:
         keys = dict.fromkeys((i.tenant, i.session) for i in page if i.route == plan.name)
         sessions = journal.sessions(keys.keys() - seen, {})
         seen |= keys.keys()
-        signals = [s for _, s in journal.signals_about(i for rows in sessions.values() for _, i in rows)]
-        heard = _by_session(signals, (i for rows in sessions.values() for _, i in rows))
+        signals = journal.signals_about(i for rows in sessions.values() for _, i in rows)
+        heard = by_session(sessions, signals)
         for key, rows in sessions.items():
             about = heard.get(key, [])
             here = [i for _, i in rows if i.route == plan.name]
-            reward = session_reward(here, about, plan.reward.signals) if about else None
+            reward = session_reward(here, about, plan.reward) if about else None
             if reward is not None and reward.at >= since:
                 first = next(i for i in here if (i.at, i.answerer.arm) == (reward.at, reward.arm))
                 if not 0.0 < first.answerer.propensity <= 1.0 + 1e-9:
                     raise ValueError(f"session {first.session}: a logged propensity of {first.answerer.propensity:g}")
-                known = max(s.received_at or s.at for s in about)
+                known = max(s.received_at or s.at for _, s in about)
                 yield Judged(
                     session_key(*key), reward.at, max(known, reward.at), reward.arm, first.answerer.propensity,
                     reward.reward, first.task_type or "", first.tenant,
@@ -162,18 +162,6 @@ def _pages(journal: Journal, since: float) -> Iterator[list[Interaction]]:
         if len(fresh) < len(rows) / 2:
             return
         end -= PAGE
-
-
-def _by_session(signals: Iterable[Signal], answers: Iterable[Interaction]) -> dict[tuple[str, str], list[Signal]]:
-    """The signals about each (tenant, session), by their answers' names or its own."""
-    names = {(i.tenant, name): i.session for i in answers for name in (i.request_id, i.response_id, i.trace_id) if name}
-    found: dict[tuple[str, str], list[Signal]] = {}
-    for s in signals:
-        name = s.response_id or s.trace_id
-        session = names.get((s.tenant, name)) if name else s.session
-        if session is not None:
-            found.setdefault((s.tenant, session), []).append(s)
-    return found
 
 
 def probabilities(

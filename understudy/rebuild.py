@@ -1,56 +1,81 @@
-"""`understudy rebuild`: all sums anew from the journal, compared with those in the store, and put in their place."""
+"""`understudy rebuild`: all sums anew from the journal, compared with those in the store, and put in their place.
+
+    journal → sessions → each one's contribution, as far as the controller has come → sums
+
+The controller counts facts as they come; here each session is counted once, from all of its facts. That both make the
+same sums is what the store's being a cache of the journal means.
+"""
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from router.arms import Sums
-from router.controller import LEASE_SECONDS, Controller, RoutePlan
-from router.store import Store
-from router.store_sqlite import SqliteStore
+from router.arms import Cell, Sums
+from router.controller import LEASE_SECONDS, RoutePlan, Session, by_session, contribution, matured
+from router.store import Store, session_key
 from telemetry.errors import StateError
+from telemetry.events import Interaction
 from telemetry.journal import Journal
 
+PAGE = 1000
 TOLERANCE = 1e-9
 
 
+@dataclass(frozen=True, slots=True)
+class Recount:
+    """What a session contributes."""
+
+    session: str
+    revision: int
+    cells: Mapping[Cell, Sums]
+
+
+def recount(plan: RoutePlan, store: Store, journal: Journal) -> Iterator[Recount]:
+    """Each session of the route that was heard, as far as the store's marks say that the controller has come."""
+    end, mark = store.marked("journal"), store.marked(matured(plan.reward.window))
+    seen: set[Session] = set()
+    after = 0
+    while facts := [(seq, fact) for seq, fact in journal.read(after, PAGE) if seq <= end]:
+        after = facts[-1][0]
+        keys = {(i.tenant, i.session): None for _, i in facts if isinstance(i, Interaction) and i.route == plan.name}
+        found = journal.sessions([key for key in keys if key not in seen], dict(facts))
+        seen |= keys.keys()
+        sessions = {key: [(seq, i) for seq, i in rows if seq <= end] for key, rows in found.items()}
+        signals = journal.signals_about(i for rows in sessions.values() for _, i in rows)
+        for key, heard in by_session(sessions, [(seq, s) for seq, s in signals if seq <= end]).items():
+            yield Recount(session_key(*key), *contribution(plan, sessions[key], heard, mark))
+
+
 def compare(plans: list[RoutePlan], store: Store, journal: Journal) -> list[dict[str, Any]]:
-    """Each route: how many cells the journal makes, and the largest difference from what the store holds."""
-    with tempfile.TemporaryDirectory(prefix="understudy-rebuild-") as folder:
-        anew = SqliteStore(Path(folder) / "state.db")
-        try:
-            replay(Controller(plans, journal, anew, "rebuild"))
-            return [_difference(plan.name, store, anew) for plan in plans]
-        finally:
-            anew.close()
+    """Each route: how many sessions the journal has, and the largest difference from what the store holds."""
+    return [_difference(plan, store, journal) for plan in plans]
 
 
 def replace(plans: list[RoutePlan], store: Store, journal: Journal) -> None:
-    """Clear the store's sums and count the whole journal again. Raises `StateError` while a controller works."""
+    """Clear the store's sums and count the journal again. Raises `StateError` while a controller works."""
     lease = store.lease("rebuild", LEASE_SECONDS, time.time())
     if lease is None:
         holder = store.holder()
         raise StateError(f"{holder.owner if holder else 'a controller'} is at work: stop `understudy serve` first")
     for plan in plans:
         store.clear(plan.name, lease.token)
-    store.mark("journal", 0, lease.token)
-    replay(Controller(plans, journal, store, "rebuild"))
+        for one in recount(plan, store, journal):
+            store.lease("rebuild", LEASE_SECONDS, time.time())
+            store.apply(plan.name, one.session, one.revision, one.cells, lease.token)
     store.release("rebuild")
 
 
-def replay(controller: Controller) -> None:
-    while controller.step(time.time()):
-        pass
-
-
-def _difference(route: str, store: Store, anew: Store) -> dict[str, Any]:
-    old, new = store.sums(route), anew.sums(route)
-    largest = 0.0
+def _difference(plan: RoutePlan, store: Store, journal: Journal) -> dict[str, Any]:
+    new: dict[Cell, Sums] = {}
+    for one in recount(plan, store, journal):
+        for cell, sums in one.cells.items():
+            new[cell] = new.get(cell, Sums()).plus(sums)
+    old, largest = store.sums(plan.name), 0.0
     for cell in old.keys() | new.keys():
         a, b = old.get(cell, Sums()), new.get(cell, Sums())
         largest = max(largest, abs(a.n - b.n), abs(a.s - b.s), abs(a.ss - b.ss))
     sessions = sum(v.n for v in new.values())
-    return {"route": route, "sessions": sessions, "largest_difference": largest, "same": largest <= TOLERANCE}
+    return {"route": plan.name, "sessions": sessions, "largest_difference": largest, "same": largest <= TOLERANCE}

@@ -353,10 +353,6 @@ def accepted_but_unused(settings: Settings) -> list[str]:
     if sets(settings, "admin"):
         note("admin", "no admin listener is opened")
     for name, route in settings.routes.items():
-        if sets(route.reward, "window"):
-            note(f"routes.{name}.reward.window", "a signal counts when it comes")
-        if sets(route.reward, "outcome"):
-            note(f"routes.{name}.reward.outcome", "only signals make the reward")
         if sets(route, "rollout"):
             note(f"routes.{name}.rollout", "every arm is in full from the start")
         if sets(route, "learner"):

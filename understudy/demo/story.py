@@ -41,6 +41,7 @@ routes:
       champion: {{model: hasty}}
       challenger: {{model: careful}}
     policy: {{kind: thompson, refresh: 500ms}}
+    reward: {{window: 1s}}    # users who copy or ask again do so at once
 """
 
 PEOPLE_AT_ONCE = 4
