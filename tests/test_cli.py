@@ -98,6 +98,15 @@ def test_rebuild_finds_a_store_that_differs_from_its_journal_and_mends_it(
         for n in range(3):
             answered = Interaction(f"e{n}", 1e9, f"r{n}", "assistant", "t", f"s{n}", Answerer("champion", "base"))
             journal.append([answered, Signal(f"v{n}", 1e9, "thumb", "t", response_id=f"r{n}", value=1.0)])
+    assert main(["rebuild", "--json", "--config", str(config)]) == 0
+    assert json.loads(capsys.readouterr().out)["facts_waiting"] == 6, "no controller has come to them yet"
+    assert main(["rebuild", "--write", "--config", str(config)]) == 0
+    with closing(SqliteStore(tmp_path / "understudy.db")) as store:
+        lease = store.lease("bug", 60.0, time.time())
+        assert lease
+        store.apply("assistant", "1:t/s1", 99, {}, lease.token)
+        store.release("bug")
+    capsys.readouterr()
     assert main(["rebuild", "--config", str(config)]) == 1
     assert "differs" in capsys.readouterr().out
     assert main(["rebuild", "--write", "--json", "--config", str(config)]) == 0

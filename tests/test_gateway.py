@@ -530,13 +530,13 @@ def test_the_journaled_propensity_is_the_snapshots(gateway: MakeGateway, fake: F
 
 
 def test_the_same_question_again_is_a_regenerate(gateway: MakeGateway, fake: FakeVllm) -> None:
-    gw = gateway(fake)
+    gw = gateway(fake, reward={"window": "1s"})
     gw.chat("again")
     gw.chat("again")
     signal = eventually(lambda: gw.signals("regenerate"))[0]
     assert signal.response_id == gw.interaction(1).request_id
     assert signal.source == "detected"
-    assert gw.sums()["champion"].s == pytest.approx(0.5 - 0.5 * 0.6)
+    assert eventually(gw.sums)["champion"].s == pytest.approx(0.5 - 0.5 * 0.6)
 
 
 def test_an_sdk_retry_or_one_after_a_failure_is_no_regenerate(gateway: MakeGateway, fake: FakeVllm) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from router.arms import Cell, Sums
-from router.controller import LEASE_SECONDS, RoutePlan, Session, by_session, contribution, matured
+from router.controller import LEASE_SECONDS, Controller, RoutePlan, Session, by_session, contribution, matured
 from router.store import Store, session_key
 from telemetry.errors import StateError
 from telemetry.events import Interaction
@@ -55,7 +55,7 @@ def compare(plans: list[RoutePlan], store: Store, journal: Journal) -> list[dict
 
 
 def replace(plans: list[RoutePlan], store: Store, journal: Journal) -> None:
-    """Clear the store's sums and count the journal again. Raises `StateError` while a controller works."""
+    """Clear the store's sums and count the whole journal. Raises `StateError` while a controller works."""
     lease = store.lease("rebuild", LEASE_SECONDS, time.time())
     if lease is None:
         holder = store.holder()
@@ -65,6 +65,9 @@ def replace(plans: list[RoutePlan], store: Store, journal: Journal) -> None:
         for one in recount(plan, store, journal):
             store.lease("rebuild", LEASE_SECONDS, time.time())
             store.apply(plan.name, one.session, one.revision, one.cells, lease.token)
+    controller = Controller(plans, journal, store, "rebuild")
+    while controller.step(time.time()):  # what no controller has come to yet
+        pass
     store.release("rebuild")
 
 
