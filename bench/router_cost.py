@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from router.arms import Cell, Snapshot, Sums
 from router.bandit import draw, unit_hash
-from router.policy import Thompson
+from router.policy import Arm, Thompson
 from router.weights import shares
 
 NOW = 1_800_000_000.0
@@ -64,12 +64,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     for arms in (3, 20):
         one = cells(1, arms)
-        policy, listed = Thompson(floor=0.01), [f"arm-{n}" for n in range(arms)]
+        policy, listed = Thompson(floor=0.01), {f"arm-{n}": Arm(model="m") for n in range(arms)}
         found[f"recompute_{arms}_arms"] = timed(lambda _, a=(policy, listed, one): shares(*a, NOW), options.times // 20)
     many = cells(options.segments, 5)
     policy = Thompson(segment_by="task_type", max_segments=100_000)
     began = time.perf_counter()
-    shares(policy, [f"arm-{n}" for n in range(5)], many, NOW)
+    shares(policy, {f"arm-{n}": Arm(model="m") for n in range(5)}, many, NOW)
     found["refresh"] = {"segments": options.segments, "arms": 5, "seconds": round(time.perf_counter() - began, 3)}
     found["bars"] = [
         {"what": what, "value": value, "bar": bar, "met": value <= bar}

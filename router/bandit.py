@@ -36,6 +36,30 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
+class Family:
+    """Which arms were made from which: a new arm is expected to be like its parent."""
+
+    above: Floats
+    """[K, K], 1 where the column's arm is the row's or one of its ancestors."""
+    gains: Floats
+    """[K]: how much better than its oldest ancestor an arm was expected to be."""
+
+
+def family(arms: Sequence[str], parents: Mapping[str, tuple[str, float]]) -> Family:
+    """Of arms and each one's parent, with its expected gain; a parent that is none of `arms` counts as unknown."""
+    place = {arm: k for k, arm in enumerate(arms)}
+    above, gains = np.eye(len(arms)), np.zeros(len(arms))
+    for k, arm in enumerate(arms):
+        while arm in parents and parents[arm][0] in place:
+            arm, gain = parents[arm]
+            gains[k] += gain
+            if above[k, place[arm]]:
+                raise ValueError(f"arm {arm} is its own ancestor")
+            above[k, place[arm]] = 1.0
+    return Family(above, gains)
+
+
+@dataclass(frozen=True, slots=True)
 class Posterior:
     """Belief about an arm's mean session reward: normal with `mean` and `sd`; `sessions` is the evidence Σw."""
 
@@ -73,23 +97,29 @@ def posteriors(arms: Sequence[str], sums: Mapping[str, Sums], mean: float | None
     return {arm: Posterior(m, sd, seen) for arm, m, sd, seen in rows}
 
 
-def believe(n: Floats, s: Floats, ss: Floats, mean: float | None, mass: ArrayLike) -> tuple[Floats, Floats]:
+def believe(
+    n: Floats, s: Floats, ss: Floats, mean: float | None, mass: ArrayLike, kin: Family | None = None
+) -> tuple[Floats, Floats]:
     """Means and sds of the posteriors from sums Σw, Σwr, Σwr², all of shape [..., K].
 
     The prior of an arm is N(m, v), v that of `mass` tosses of a coin. `mean` is m; None says that it is itself
     unknown, N(1/2, 1/4), and learned from all arms: a new arm is expected to be about as good as its siblings.
     (With a fixed m far from the truth, the first arm that is heard looks better than all others will ever get to
-    look.)
+    look.) With `kin`, that of an arm that has a parent is N(its parent's mean + gain, v).
     """
     sigma2 = reward_variance(n, s, ss)[..., None]
-    means, variances = _among_siblings(n / sigma2, s / sigma2, mean, PRIOR_VARIANCE / np.asarray(mass, float))
+    means, variances = _among_siblings(n / sigma2, s / sigma2, mean, PRIOR_VARIANCE / np.asarray(mass, float), kin)
     return means, np.sqrt(variances)
 
 
-def _among_siblings(precision: Floats, weighted: Floats, mean: float | None, v: ArrayLike) -> tuple[Floats, Floats]:
+def _among_siblings(
+    precision: Floats, weighted: Floats, mean: float | None, v: ArrayLike, kin: Family | None
+) -> tuple[Floats, Floats]:
     """Means and variances of the arms' means, [..., K], from each one's own witness: its precision, and that times
     its average. m is integrated out (Gelman et al. 2013, "Bayesian Data Analysis", §5.4)."""
     v = np.asarray(v, float)
+    if kin is not None:
+        return _among_kin(precision, weighted, mean, float(v), kin)
     within = 1.0 / (precision + 1.0 / v)
     if mean is not None:
         return np.asarray(within * (weighted + mean / v)), np.asarray(within)
@@ -99,13 +129,31 @@ def _among_siblings(precision: Floats, weighted: Floats, mean: float | None, v: 
     return np.asarray(within * weighted + shrunk * centre), np.asarray(within + shrunk**2 / total)
 
 
+def _among_kin(
+    precision: Floats, weighted: Floats, mean: float | None, v: float, kin: Family
+) -> tuple[Floats, Floats]:
+    """The same where arms descend from arms: the joint normal of all means, conditioned on what was heard.
+
+    A mean is m + the gains + a step N(0, v) at the arm and at each of its ancestors, so two arms' prior covariance is v
+    times the ancestors that they share (Felsenstein 1985, "Phylogenies and the comparative method").
+    """
+    prior = v * (kin.above @ kin.above.T) + (PRIOR_VARIANCE if mean is None else 0.0)
+    known = np.linalg.inv(prior)
+    centre = known @ ((0.5 if mean is None else mean) + kin.gains)
+    covariance = np.linalg.inv(known + precision[..., None] * np.eye(len(prior)))
+    means = (covariance @ (centre + weighted)[..., None])[..., 0]
+    return np.asarray(means), np.asarray(np.diagonal(covariance, axis1=-2, axis2=-1))
+
+
 def reward_variance(n: Floats, s: Floats, ss: Floats) -> Floats:
     """Within-arm variance of rewards, pooled over the last axis: shrunk to that of a coin by a few sessions."""
     squares = np.maximum(0.0, ss - s * s / np.maximum(n, 1e-12)).sum(-1)
     return np.asarray((PRIOR_VARIANCE * PRIOR_VARIANCE_MASS + squares) / (PRIOR_VARIANCE_MASS + n.sum(-1)))
 
 
-def believe_segments(n: Floats, s: Floats, ss: Floats, mean: float | None, mass: ArrayLike) -> tuple[Floats, Floats]:
+def believe_segments(
+    n: Floats, s: Floats, ss: Floats, mean: float | None, mass: ArrayLike, kin: Family | None = None
+) -> tuple[Floats, Floats]:
     """Posteriors of K arms in S segments that are siblings; sums [S, K] in, means and sds [S + 1, K] out.
 
     The last row is a segment nobody has seen yet. An arm's mean in a segment is N(μₐ, τ²), and μₐ its mean over
@@ -119,7 +167,7 @@ def believe_segments(n: Floats, s: Floats, ss: Floats, mean: float | None, mass:
     tau2 = _sibling_variance(n, averages, sigma2)
     weight = 1.0 / (tau2 + sigma2 / np.maximum(n, 1e-12))  # precision of a segment's average as a witness of μₐ
     over, variance = _among_siblings(
-        weight.sum(0), (weight * averages).sum(0), mean, PRIOR_VARIANCE / np.asarray(mass, float)
+        weight.sum(0), (weight * averages).sum(0), mean, PRIOR_VARIANCE / np.asarray(mass, float), kin
     )
     within = 1.0 / (n / sigma2 + 1.0 / tau2)
     return within * (s / sigma2 + over / tau2), np.sqrt(within + (within / tau2) ** 2 * variance)
@@ -195,6 +243,24 @@ def epsilon_greedy(means: Floats, epsilon: float) -> Floats:
 def with_floor(weights: Floats, floor: float) -> Floats:
     """Every arm of [..., K] gets at least `floor`; what lies above is scaled to make room. Needs floor · K ≤ 1."""
     return np.asarray(floor + (1.0 - floor * weights.shape[-1]) * weights)
+
+
+def with_caps(weights: Floats, caps: Floats) -> Floats:
+    """No arm of [..., K] gets more than its cap [K]; the rest share what that leaves, as they share now.
+
+    What cannot be placed, because all others are at their caps too, goes to the arms in proportion to their caps.
+    """
+    capped = np.zeros(weights.shape, bool)
+    shares = weights
+    for _ in range(weights.shape[-1]):
+        over = capped | (shares > caps + 1e-12)
+        if (over == capped).all():
+            break
+        capped = over
+        free = np.where(capped, 0.0, np.maximum(weights, 1e-12))
+        left = np.maximum(0.0, 1.0 - np.where(capped, caps, 0.0).sum(-1, keepdims=True))
+        shares = np.where(capped, caps, left * free / np.maximum(free.sum(-1, keepdims=True), 1e-300))
+    return np.asarray(shares / shares.sum(-1, keepdims=True))
 
 
 def thompson_weights(

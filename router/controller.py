@@ -181,13 +181,13 @@ class Controller:
         """What the sums say now."""
         policy = route.policy
         if isinstance(policy, Split):
-            return Snapshot(route.name, version, now, policy.kind, 0.0, shares(policy, list(route.arms), {}, now))
+            return Snapshot(route.name, version, now, policy.kind, 0.0, shares(policy, route.arms, {}, now))
         cells = self._store.sums(route.name)
         full = policy.segment_by is not None and len({cell.segment for cell in cells}) >= policy.max_segments
         if full and route.name not in self._full:
             self._full.add(route.name)
             log.warning("route %s: %d segments, no more get weights of their own", route.name, policy.max_segments)
-        segments = shares(policy, list(route.arms), cells, now)
+        segments = shares(policy, route.arms, cells, now)
         return Snapshot(route.name, version, now, policy.kind, policy.holdout, segments, full)
 
 
@@ -240,6 +240,6 @@ def _moved(old: Snapshot, new: Snapshot) -> bool:
 def initial_snapshot(route: RoutePlan, now: float) -> Snapshot:
     """What a gateway draws from until the controller has published: the policy without any evidence."""
     if isinstance(route.policy, Split):
-        return Snapshot(route.name, 0, now, "split", 0.0, shares(route.policy, list(route.arms), {}, now))
+        return Snapshot(route.name, 0, now, "split", 0.0, shares(route.policy, route.arms, {}, now))
     even = {arm: 1.0 / len(route.arms) for arm in route.arms}
     return Snapshot(route.name, 0, now, route.policy.kind, route.policy.holdout, {"": even})

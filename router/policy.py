@@ -152,6 +152,13 @@ class Arm(Written):
     params: FrozenMap[str, Any] = Field(
         default={}, description="Request fields that override the app's, such as temperature or max_tokens."
     )
+    parent: Name | None = Field(
+        None, description="The arm, still served or not, that this one was made from: it is expected to be like it."
+    )
+    gain: float = Field(
+        0.0, ge=-1, le=1, description="How much more reward than its parent this arm is expected to bring."
+    )
+    max_share: float = Field(1.0, gt=0, le=1, description="Largest share of sessions this arm may get.")
 
     @field_validator("params")
     @classmethod
@@ -170,6 +177,12 @@ class Arm(Written):
         for key in ("api_key", "api_base"):
             if self.provider is None and getattr(self, key) is not None:
                 raise fault("needs a provider; set provider beside it, or put url and api_key under upstreams", key)
+        return self
+
+    @model_validator(mode="after")
+    def _a_gain_needs_a_parent(self) -> Arm:
+        if self.gain and self.parent is None:
+            raise fault("is over a parent; write parent beside it", "gain")
         return self
 
 
@@ -202,6 +215,11 @@ class Learned(Written):
         0.05, ge=0, lt=1, description="Share of sessions drawn evenly over the arms, to compare against."
     )
     prior: Prior = Field(default_factory=Prior, description="Belief about an arm before evidence.")
+
+
+def least_share(policy: Learned, arms: int) -> float:
+    """What any of so many arms gets at least, floor and holdout together."""
+    return (1.0 - policy.holdout) * policy.floor + policy.holdout / arms
 
 
 class Thompson(Learned):

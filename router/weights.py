@@ -15,11 +15,13 @@ from router.bandit import (
     believe,
     believe_segments,
     epsilon_greedy,
+    family,
     probability_best,
     top_two,
+    with_caps,
     with_floor,
 )
-from router.policy import Epsilon, Learned, Policy, Split, TopTwo
+from router.policy import Arm, Epsilon, Learned, Policy, Split, TopTwo
 
 AT_ONCE = 500
 """Segments whose P(best) is computed together: more would not fit the processor's cache."""
@@ -46,23 +48,28 @@ class Beliefs:
         return Posterior(float(self.means[s, k]), float(self.sds[s, k]), float(self.sessions[s, k]))
 
 
-def beliefs(policy: Learned, arms: Sequence[str], cells: Mapping[Cell, Sums], now: float) -> Beliefs:
+def beliefs(policy: Learned, arms: Mapping[str, Arm], cells: Mapping[Cell, Sums], now: float) -> Beliefs:
     """Read `cells` as of `now` (Unix seconds): a session of age a counts 2^(-a / half_life) times.
 
     A bucket that lies in the future (a clock was set back) counts as of now. Arms that are not in `arms` are left
-    out. Of more segments than `policy.max_segments` those with the most evidence are listed; all are pooled.
+    out, but for parents of those that are. Of more segments than `policy.max_segments` those with the most evidence are
+    listed; all are pooled.
     """
-    segments, sums = _tabulate(policy, arms, cells, now)
+    parents = {name: (arm.parent, arm.gain) for name, arm in arms.items() if arm.parent is not None}
+    heard = [*arms, *dict.fromkeys(parent for parent, _ in parents.values() if parent not in arms)]
+    kin = family(heard, parents) if parents else None
+    segments, sums = _tabulate(policy, heard, cells, now)
     if policy.segment_by is None:
-        means, sds = believe(*sums, policy.prior.mean, policy.prior.mass)
+        means, sds = believe(*sums, policy.prior.mean, policy.prior.mass, kin)
         listed, sessions = [""], sums[0]
     else:
-        means, sds = believe_segments(*sums, policy.prior.mean, policy.prior.mass)
+        means, sds = believe_segments(*sums, policy.prior.mean, policy.prior.mass, kin)
         named = [place for place, segment in enumerate(segments) if segment]
         named = sorted(sorted(named, key=lambda place: -sums[0][place].sum())[: policy.max_segments])
         first = segments.index("") if sums[0][segments.index("")].any() else len(segments)  # a segment nobody has seen
-        sessions = np.vstack([sums[0], np.zeros(len(arms))])[[first, *named]]
+        sessions = np.vstack([sums[0], np.zeros(len(heard))])[[first, *named]]
         means, sds, listed = means[[first, *named]], sds[[first, *named]], ["", *(segments[place] for place in named)]
+    sessions, means, sds = (table[:, : len(arms)] for table in (sessions, means, sds))
     parts = range(0, len(listed), AT_ONCE)
     best = np.vstack([probability_best(means[at : at + AT_ONCE], sds[at : at + AT_ONCE]) for at in parts])
     return Beliefs(tuple(arms), tuple(listed), sessions, means, sds, best)
@@ -87,13 +94,21 @@ def _tabulate(
     return list(row), (sums[0], sums[1], sums[2])
 
 
-def shares(policy: Policy, arms: Sequence[str], cells: Mapping[Cell, Sums], now: float) -> dict[str, dict[str, float]]:
+def shares(
+    policy: Policy, arms: Mapping[str, Arm], cells: Mapping[Cell, Sums], now: float
+) -> dict[str, dict[str, float]]:
     """Segment → arm → the share of new sessions that it should get now; segment "" is any that is not listed."""
     if isinstance(policy, Split):
         return {"": {arm: policy.shares.get(arm, 0.0) for arm in arms}}
     found = beliefs(policy, arms, cells, now)
-    rows = with_floor(drawn(policy, found), policy.floor).tolist()
+    rows = with_caps(with_floor(drawn(policy, found), policy.floor), _caps(policy, arms)).tolist()
     return {segment: dict(zip(arms, row, strict=True)) for segment, row in zip(found.segments, rows, strict=True)}
+
+
+def _caps(policy: Learned, arms: Mapping[str, Arm]) -> Floats:
+    """The most that each arm's weight may be for its share, with what the holdout adds, to stay below its largest."""
+    most = np.array([arm.max_share for arm in arms.values()])
+    return np.asarray(np.maximum(0.0, (most - policy.holdout / len(arms)) / (1.0 - policy.holdout)))
 
 
 def drawn(policy: Learned, found: Beliefs) -> Floats:

@@ -25,12 +25,14 @@ from router.bandit import (
     discounted,
     draw,
     epsilon_greedy,
+    family,
     posteriors,
     probability_best,
     reward_variance,
     thompson_weights,
     top_two,
     unit_hash,
+    with_caps,
     with_floor,
 )
 
@@ -420,3 +422,76 @@ def test_a_session_hashes_the_same_on_every_machine_and_for_ever() -> None:
     assert unit_hash("assistant", "session-1") == 0.7447393835702578
     assert unit_hash("assistant", "session-1") != unit_hash("assistants", "ession-1")
     assert unit_hash("other", "session-1") != 0.7447393835702578
+
+
+# Kin: a new arm starts from its parent's posterior.
+
+SUMS = [np.array(part) for part in ([900.0, 40.0, 0.0], [540.0, 30.0, 0.0], [360.0, 24.0, 0.0])]
+
+
+@pytest.mark.parametrize("mean", [None, 0.3])
+def test_without_parents_kin_changes_nothing(mean: float | None) -> None:
+    alone, kin = believe(*SUMS, mean, 20.0), believe(*SUMS, mean, 20.0, family("abc", {}))
+    np.testing.assert_allclose(alone, kin, rtol=1e-9)
+
+
+def test_a_new_arm_starts_from_its_parents_mean_and_gain_widened() -> None:
+    means, sds = believe(*SUMS, None, 20.0, family("abc", {"c": ("a", 0.05)}))
+    assert means[2] == pytest.approx(means[0] + 0.05)
+    assert sds[2] ** 2 == pytest.approx(sds[0] ** 2 + PRIOR_VARIANCE / 20.0)
+    assert abs(means[0] - 0.6) < 0.01
+
+
+def test_kin_is_the_joint_normal_conditioned() -> None:
+    """Against textbook conditioning on the observed averages."""
+    mean, v = 0.4, 0.25 / 20
+    arms, parents = "abcd", {"b": ("a", 0.1), "c": ("b", -0.05), "d": ("a", 0.0)}
+    n, average = np.array([50.0, 5.0, 20.0, 1.0]), np.array([0.7, 0.9, 0.4, 0.0])
+    ss = n * (average**2 + 0.04)
+    sigma2 = float(reward_variance(n, n * average, ss))
+    path = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]], float)
+    prior, centre = v * path @ path.T, mean + np.array([0.0, 0.1, 0.05, 0.0])
+    gain = prior @ np.linalg.inv(prior + np.diag(sigma2 / n))
+    means, sds = believe(n, n * average, ss, mean, 20.0, family(arms, parents))
+    np.testing.assert_allclose(means, centre + gain @ (average - centre))
+    np.testing.assert_allclose(sds**2, np.diag(prior - gain @ prior))
+
+
+def test_kin_in_segments_only_moves_where_arms_begin() -> None:
+    n = np.array([[400.0, 0.0], [300.0, 0.0]])
+    s, kin = n * np.array([[0.8], [0.2]]), family("ab", {"b": ("a", 0.0)})
+    means, _ = believe_segments(n, s, s, None, 20.0, kin)
+    assert means[0, 1] == pytest.approx(means[1, 1])
+    assert means[2, 1] == pytest.approx(means[2, 0])
+
+
+def test_an_arm_cannot_descend_from_itself() -> None:
+    with pytest.raises(ValueError, match="its own ancestor"):
+        family("ab", {"a": ("b", 0.0), "b": ("a", 0.0)})
+    assert family("ab", {"a": ("gone", 0.5)}).gains.tolist() == [0.0, 0.0]
+
+
+# Caps.
+
+
+@given(
+    weights=st.lists(st.floats(0, 1), min_size=2, max_size=6).filter(lambda w: sum(w) > 0.01),
+    caps=st.lists(st.floats(0.02, 1), min_size=6, max_size=6),
+)
+def test_no_arm_exceeds_its_cap_and_the_rest_keep_their_proportions(weights: list[float], caps: list[float]) -> None:
+    w, c = np.array(weights) / sum(weights), np.array(caps[: len(weights)])
+    found = with_caps(w, c)
+    assert found.sum() == pytest.approx(1.0)
+    if c.sum() >= 1.0:
+        assert (found <= c + 1e-9).all()
+        free = (found < c - 1e-9) & (w > 1e-6)
+        if free.sum() > 1:
+            ratios = found[free] / w[free]
+            np.testing.assert_allclose(ratios, ratios[0], rtol=1e-4)
+    else:
+        np.testing.assert_allclose(found, c / c.sum(), atol=1e-6)
+
+
+def test_caps_that_bind_nobody_change_nothing() -> None:
+    w = np.array([[0.1, 0.9], [0.5, 0.5]])
+    np.testing.assert_array_equal(with_caps(w, np.array([1.0, 1.0])), w)

@@ -72,7 +72,12 @@ def test_config_explain_shows_every_key_and_hides_secrets(config: Path, capsys: 
     assert main(["config", "explain", "--config", str(config), "--json"]) == 0
     out = capsys.readouterr().out
     assert "hush" not in out
-    assert {"key", "value", "meaning", "source"} == set(json.loads(out)[0])
+    found = json.loads(out)
+    assert {"key", "value", "meaning", "source"} == set(found["keys"][0])
+    better, _, worse = found["new_arm"][0]["forecasts"]
+    assert better["shares"][-1] > worse["shares"][-1]
+    assert main(["config", "explain", "--sessions", "20", "--config", str(config)]) == 0
+    assert "share of one more arm, if 20 sessions a day are judged" in capsys.readouterr().out
 
 
 def test_config_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,12 @@ import pytest
 
 from router.arms import Cell, Sums
 from router.bandit import BUCKET
-from router.policy import Epsilon, Learned, Prior, Split, Thompson, TopTwo
+from router.forecast import forecast
+from router.policy import Arm, Epsilon, Learned, Prior, Split, Thompson, TopTwo
 from router.weights import beliefs, shares
 
 NOW = 1_800_000_000.0
-ARMS = ["a", "b"]
+ARMS = {arm: Arm(model=arm) for arm in "ab"}
 
 
 def cell(segment: str, arm: str, n: float, mean: float, age: float = 0.0) -> tuple[Cell, Sums]:
@@ -96,3 +97,47 @@ def test_a_clock_that_was_set_back_makes_no_evidence_count_more() -> None:
 def test_an_arm_that_is_gone_is_left_out() -> None:
     cells = dict([cell("", "gone", 500, 0.99), cell("", "a", 100, 0.6), cell("", "b", 100, 0.6)])
     assert shares(Thompson(floor=0.0), ARMS, cells, NOW)[""] == pytest.approx({"a": 0.5, "b": 0.5})
+
+
+# Arms that come and go.
+
+
+def test_a_new_arm_is_expected_to_be_like_its_parent_even_if_that_is_retired() -> None:
+    cells = dict([cell("", "a", 400, 0.5), cell("", "b", 300, 0.7), cell("", "gone", 300, 0.9)])
+    arms = ARMS | {"c": Arm(model="c", parent="gone"), "d": Arm(model="d", parent="b", gain=0.1)}
+    found = beliefs(Thompson(), arms, cells, NOW)
+    assert found.arms == ("a", "b", "c", "d")
+    assert found.of("", "c").mean == pytest.approx(0.9, abs=0.01)
+    assert found.of("", "d").mean == pytest.approx(found.of("", "b").mean + 0.1)
+    assert sum(shares(Thompson(), arms, cells, NOW)[""].values()) == pytest.approx(1.0)
+
+
+def test_a_new_arm_starts_from_its_parent_in_every_segment() -> None:
+    cells = dict([cell("code", "a", 400, 0.9), cell("mail", "a", 400, 0.1)])
+    found = beliefs(Thompson(segment_by="task_type"), {"a": ARMS["a"], "b": Arm(model="b", parent="a")}, cells, NOW)
+    assert found.of("code", "b").mean == pytest.approx(found.of("mail", "b").mean, abs=0.02)
+    assert found.of("", "b").mean == pytest.approx(found.of("", "a").mean)
+
+
+def test_an_arm_gets_no_more_than_its_largest_share_with_the_holdout() -> None:
+    arms = {"a": Arm(model="a"), "b": Arm(model="b", max_share=0.1)}
+    cells = dict([cell("", "a", 900, 0.2), cell("", "b", 900, 0.9)])
+    for policy in (Thompson(), Thompson(holdout=0.0), TopTwo(kind="top_two"), Epsilon(kind="epsilon")):
+        weight = shares(policy, arms, cells, NOW)[""]["b"]
+        assert (1.0 - policy.holdout) * weight + policy.holdout / 2 == pytest.approx(0.1)
+    even = shares(Thompson(), arms, {}, NOW)[""]["b"]
+    assert even < 0.1
+
+
+# What a policy will do with a new arm.
+
+
+def test_a_better_new_arm_takes_over_and_a_worse_one_keeps_little() -> None:
+    better, equal, worse = forecast(Thompson(), ["a"], 500.0)
+    assert (better.difference, equal.difference, worse.difference) == (0.05, 0.0, -0.05)
+    assert better.shares[0] == equal.shares[0] == worse.shares[0] < 0.5
+    assert better.shares[-1] > 0.9
+    assert worse.shares[-1] < 0.1
+    slow = forecast(Thompson(), ["a"], 5.0)[0]
+    assert slow.shares[2] < better.shares[2], "with fewer sessions it takes longer"
+    assert forecast(Split(kind="split", shares={"a": 1.0}), ["a"], 500.0) == []

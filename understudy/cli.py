@@ -85,12 +85,14 @@ def _add_config(commands: Any) -> None:
     for name, run, help in (
         ("check", _config_check, "Say what is wrong, by line and key; exit 1 if anything is."),
         ("schema", _config_schema, "Print the JSON Schema, for editors."),
-        ("explain", _config_explain, "Print every key, its value, where that comes from and what it means."),
+        ("explain", _config_explain, "Print every key, and what each policy will do with a new arm, day by day."),
     ):
         verb = verbs.add_parser(name, help=help, description=help)
         verb.set_defaults(run=run)
         _config_option(verb)
         _json_option(verb)
+    help = "judged sessions a day to expect on each route (default: 500)"
+    verb.add_argument("--sessions", type=float, default=500.0, help=help)
 
 
 def _add_keys(commands: Any) -> None:
@@ -283,10 +285,18 @@ def _config_schema(arguments: Arguments) -> int:
 
 
 def _config_explain(arguments: Arguments) -> int:
+    from router.forecast import DAYS, forecast
     from understudy import show
 
-    rows = config.explain(config.load(arguments.config))
-    _print(arguments, [row._asdict() for row in rows], lambda: show.explained(rows))
+    settings = config.load(arguments.config)
+    rows = config.explain(settings)
+    newcomers = [
+        {"route": name, "sessions_a_day": arguments.sessions, "days": DAYS, "forecasts": found}
+        for name, route in settings.routes.items()
+        if (found := [dataclasses.asdict(one) for one in forecast(route.policy, list(route.arms), arguments.sessions)])
+    ]
+    data = {"keys": [row._asdict() for row in rows], "new_arm": newcomers}
+    _print(arguments, data, lambda: show.explained(rows, newcomers))
     return 0
 
 

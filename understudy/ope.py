@@ -10,7 +10,7 @@ brought, not those that this one's would have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from router.arms import Cell, Sums
 from router.bandit import Floats, bucket_of
 from router.controller import RoutePlan, by_session
 from router.ope import MIN_ESS, Estimate, Evaluation, evaluate, folds_of, predict
-from router.policy import Learned, Policy, Split, Written
+from router.policy import Arm, Learned, Policy, Split, Written
 from router.reward import session_reward
 from router.store import session_key
 from router.weights import shares
@@ -93,7 +93,7 @@ def examine(plan: RoutePlan, policy: Policy, journal: Journal, since: float) -> 
     evidence = sorted(judged(journal, plan, since - lookback), key=lambda one: (one.at, one.key))
     sessions = [one for one in evidence if one.at >= since]
     arms = list(dict.fromkeys([*plan.arms, *(one.arm for one in sessions)]))
-    target = probabilities(policy, list(plan.arms), evidence, sessions, len(arms))
+    target = probabilities(policy, plan.arms, evidence, sessions, len(arms))
     drawn = np.array([arms.index(one.arm) for one in sessions], np.int64)
     rewards = np.array([one.reward for one in sessions])
     found = _evaluated(drawn, target, sessions) if sessions else None
@@ -165,7 +165,7 @@ def _pages(journal: Journal, since: float) -> Iterator[list[Interaction]]:
 
 
 def probabilities(
-    policy: Policy, arms: Sequence[str], evidence: Sequence[Judged], sessions: Sequence[Judged], k: int
+    policy: Policy, arms: Mapping[str, Arm], evidence: Sequence[Judged], sessions: Sequence[Judged], k: int
 ) -> Floats:
     """The policy's probabilities [n, k] in each of `sessions`, oldest first; arms beyond `arms` get none."""
     target = np.zeros((len(sessions), k))

@@ -40,7 +40,7 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
     for plan in plans:
         snapshot = store.snapshot(plan.name) or initial_snapshot(plan, now)
         policy = plan.policy if isinstance(plan.policy, Learned) else Thompson(kind="thompson")
-        found = beliefs(policy, list(plan.arms), store.sums(plan.name), now)
+        found = beliefs(policy, plan.arms, store.sums(plan.name), now)
         for segment in found.segments:
             believed = {arm: found.of(segment, arm) for arm in found.arms}
             chances = found.best[found.segments.index(segment)].tolist()

@@ -31,6 +31,7 @@ from router.policy import (
     Thompson,
     Written,
     fault,
+    least_share,
 )
 from understudy.config_text import ConfigError, Problem, dotted, problems_of, read
 
@@ -186,6 +187,10 @@ def _written_short(value: object) -> object:
     return {"url": value} if isinstance(value, str) else value
 
 
+def _share(arm: str) -> tuple[str, ...]:
+    return "arms", arm, "max_share"
+
+
 class Route(Written):
     """A model name that apps ask for, and who may answer."""
 
@@ -224,6 +229,31 @@ class Route(Written):
                 "policy",
                 "floor",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _most_shares_can_be_met(self) -> Route:
+        most = {name: arm.max_share for name, arm in self.arms.items()}
+        if sum(most.values()) < 1:
+            first = next(iter(most))
+            raise fault(f"the arms' largest shares sum to {sum(most.values()):g}; make them 1 or more", *_share(first))
+        for name, share in most.items():
+            if isinstance(self.policy, Split):
+                if self.policy.shares.get(name, 0.0) > share:
+                    raise fault(f"is less than the {self.policy.shares[name]:g} that the policy gives", *_share(name))
+            elif share < (least := least_share(self.policy, len(self.arms))) - 1e-9:
+                raise fault(f"is less than floor and holdout give; write {least:.3f} or more", *_share(name))
+        return self
+
+    @model_validator(mode="after")
+    def _arms_descend(self) -> Route:
+        for name in self.arms:
+            seen, arm = {name}, self.arms[name].parent
+            while arm in self.arms:
+                if arm in seen:
+                    raise fault("descends from itself; name the arm that it was made from", "arms", name, "parent")
+                seen.add(arm)
+                arm = self.arms[arm].parent
         return self
 
 

@@ -145,13 +145,25 @@ def findings(found: Iterable[Finding]) -> None:
         console.print(f"{mark}  {finding.check:<22} {escape(finding.detail)}", soft_wrap=True)
 
 
-def explained(rows: Iterable[Explained]) -> None:
+def explained(rows: Iterable[Explained], newcomers: Iterable[Mapping[str, Any]]) -> None:
     table = Table()
     for name in ("key", "value", "from", "meaning"):
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(escape(row.key), escape(str(row.value)), row.source, escape(row.meaning))
     console.print(table)
+    for route in newcomers:
+        title = f"{route['route']}: share of one more arm, if {route['sessions_a_day']:g} sessions a day are judged"
+        console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("after days")
+        for day in route["days"]:
+            table.add_column(str(day), justify="right")
+        for one in route["forecasts"]:
+            difference = one["difference"]
+            how = f"{abs(difference):g} {'better' if difference > 0 else 'worse'}" if difference else "as good"
+            table.add_row(how, *(f"{share:.0%}" for share in one["shares"]))
+        console.print(table)
 
 
 def keys(rows: Iterable[Mapping[str, Any]]) -> None:
