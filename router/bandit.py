@@ -129,9 +129,7 @@ def _among_siblings(
     return np.asarray(within * weighted + shrunk * centre), np.asarray(within + shrunk**2 / total)
 
 
-def _among_kin(
-    precision: Floats, weighted: Floats, mean: float | None, v: float, kin: Family
-) -> tuple[Floats, Floats]:
+def _among_kin(precision: Floats, weighted: Floats, mean: float | None, v: float, kin: Family) -> tuple[Floats, Floats]:
     """The same where arms descend from arms: the joint normal of all means, conditioned on what was heard.
 
     A mean is m + the gains + a step N(0, v) at the arm and at each of its ancestors, so two arms' prior covariance is v
