@@ -38,6 +38,8 @@ class Cell(msgspec.Struct, frozen=True, order=True):
     arm: str
     bucket: int
     """Start of the time bucket, Unix seconds."""
+    metric: str = ""
+    """What is counted: "" the sessions' rewards; `cost`, `latency` and others stand beside them."""
 
 
 class Sums(msgspec.Struct, frozen=True):

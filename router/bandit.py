@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from router.arms import Cell, Choice, Snapshot, Sums
+from router.arms import Choice, Snapshot, Sums
 
 BUCKET = 3600
 """Seconds of a time bucket; ages are read at its middle."""
@@ -74,19 +74,6 @@ class Posterior:
 
 def bucket_of(at: float) -> int:
     return int(at // BUCKET) * BUCKET
-
-
-def discounted(cells: Mapping[Cell, Sums], segment: str, now: float, half_life: float) -> dict[str, Sums]:
-    """Each arm's sums in `segment`, a session of age a counted 2^(-a / half_life) times.
-
-    A bucket that lies in the future (a clock was set back) counts as of now.
-    """
-    totals: dict[str, Sums] = {}
-    for cell, sums in cells.items():
-        if cell.segment == segment:
-            age = max(0.0, now - cell.bucket - BUCKET / 2)
-            totals[cell.arm] = totals.get(cell.arm, Sums()).plus(sums, 2.0 ** (-age / half_life))
-    return totals
 
 
 def posteriors(arms: Sequence[str], sums: Mapping[str, Sums], mean: float | None, mass: float) -> dict[str, Posterior]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from router.arms import Cell, Snapshot, Sums
 from router.policy import Arm, Policy, Reward, Split
 from router.reward import Heard, session_reward
-from router.store import Store, session_key
+from router.store import Change, Store, session_key
 from router.weights import shares
 from telemetry.errors import Fenced, StateError
 from telemetry.events import Fact, Interaction, Signal
@@ -33,6 +33,8 @@ log = logging.getLogger("understudy.controller")
 
 LEASE_SECONDS = 4.0
 BATCH = 1000
+SLOWLY = 30.0
+"""Seconds after which weights are computed again though no sum changed: evidence ages."""
 
 Session = tuple[str, str]
 """Tenant, session."""
@@ -75,6 +77,8 @@ class Controller:
         self._owner = owner
         self._full: set[str] = set()
         """Routes whose segments were said to be too many."""
+        self._computed: dict[str, tuple[int, int, float]] = {}
+        """By route: of which changes, to which version, in which span of time weights were last computed."""
         self._ripening: dict[float, tuple[int, float]] = {}
         """By window: beyond this mark no signal is old enough before this time, so there is nothing to look for."""
 
@@ -164,18 +168,25 @@ class Controller:
     def _settle(self, sessions: Requests, marks: Mapping[float, int], token: int) -> None:
         """Bring the sessions' contributions to each route's sums up to date."""
         signals = self._journal.signals_about(i for requests in sessions.values() for _, i in requests)
+        changes: dict[str, list[Change]] = {}
         for key, heard in by_session(sessions, signals).items():
             for name in {i.route for _, i in sessions[key]} & self.routes.keys():
                 plan = self.routes[name]
                 revision, cells = contribution(plan, sessions[key], heard, marks[plan.reward.window])
-                self._store.apply(name, session_key(*key), revision, cells, token)
+                changes.setdefault(name, []).append(Change(session_key(*key), revision, cells))
+        for name, of_route in changes.items():
+            self._store.apply(name, of_route, token)
 
     def _publish(self, route: RoutePlan, now: float, token: int) -> None:
-        """Publish the route's weights if they moved."""
-        current = self._store.snapshot(route.name)
+        """Publish the route's weights if they moved. While no sum changed only time moves them, and slowly."""
+        current, changes = self._store.snapshot(route.name), self._store.changes(route.name)
+        if current is not None and self._computed.get(route.name) == (changes, current.version, now // SLOWLY):
+            return
         new = self.snapshot(route, now, (current.version if current else 0) + 1)
         if current is None or _moved(current, new):
             self._store.publish(new, token)
+            current = new
+        self._computed[route.name] = changes, current.version, now // SLOWLY
 
     def snapshot(self, route: RoutePlan, now: float, version: int) -> Snapshot:
         """What the sums say now."""

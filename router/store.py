@@ -40,6 +40,15 @@ def session_key(tenant: str, session: str) -> str:
     return f"{len(tenant)}:{tenant}/{session}"
 
 
+class Change(msgspec.Struct, frozen=True):
+    """What a session contributes to a route's sums, instead of what it contributed before."""
+
+    session: str
+    revision: int
+    """Of two changes of a session the higher one counts, whichever comes first and however often."""
+    cells: Mapping[Cell, Sums]
+
+
 Assignment = tuple[str, str, Choice]
 """Route, session, and the arm it drew."""
 
@@ -63,11 +72,14 @@ class Store(Protocol):
     def holder(self) -> Lease | None:
         """The lease last given, which may have ended."""
 
-    def apply(self, route: str, session: str, revision: int, contribution: Mapping[Cell, Sums], token: int) -> bool:
-        """Replace what `session` contributes to the sums, atomically; False if this revision is not newer."""
+    def apply(self, route: str, changes: Sequence[Change], token: int) -> int:
+        """Replace what sessions contribute to the sums, each atomically; how many of the revisions were newer."""
 
     def sums(self, route: str) -> dict[Cell, Sums]:
         """All cells of a route."""
+
+    def changes(self, route: str) -> int:
+        """How many changes there were: while it is the same, so are the sums."""
 
     def clear(self, route: str, token: int) -> None:
         """Forget all contributions to a route's sums; a journal that is read again from the start makes them anew."""
@@ -99,10 +111,26 @@ class Store(Protocol):
 
 
 def dump_cells(cells: Mapping[Cell, Sums]) -> bytes:
-    """Cells as JSON rows [segment, arm, bucket, n, s, ss], sorted, numbers exact."""
-    return msgspec.json.encode([[c.segment, c.arm, c.bucket, v.n, v.s, v.ss] for c, v in sorted(cells.items())])
+    """Cells as JSON rows [segment, arm, bucket, n, s, ss, metric], sorted, numbers exact."""
+    return msgspec.json.encode(
+        [[c.segment, c.arm, c.bucket, v.n, v.s, v.ss, c.metric] for c, v in sorted(cells.items())]
+    )
 
 
 def load_cells(body: bytes) -> dict[Cell, Sums]:
-    rows = msgspec.json.decode(body, type=list[tuple[str, str, int, float, float, float]])
-    return {Cell(segment, arm, bucket): Sums(n, s, ss) for segment, arm, bucket, n, s, ss in rows}
+    return {
+        Cell(row.segment, row.arm, row.bucket, row.metric): Sums(row.n, row.s, row.ss) for row in _rows.decode(body)
+    }
+
+
+class _Row(msgspec.Struct, array_like=True):
+    segment: str
+    arm: str
+    bucket: int
+    n: float
+    s: float
+    ss: float
+    metric: str = ""
+
+
+_rows = msgspec.json.Decoder(list[_Row])

@@ -16,7 +16,7 @@ import msgspec
 import redis
 
 from router.arms import Cell, Choice, Snapshot, Sums
-from router.store import ApiKey, Assignment, Lease
+from router.store import ApiKey, Assignment, Change, Lease
 from telemetry.errors import Fenced, StateUnavailable
 
 _LEASE = """
@@ -45,9 +45,8 @@ if tonumber(ARGV[1]) > newest then redis.call('SET', KEYS[1], ARGV[1]) end
 _APPLY = (
     _FENCE
     + """
--- KEYS: fence, sums hash, session hash. ARGV: token, revision, rows of {field, number as string} as JSON.
-local kept = redis.call('HMGET', KEYS[3], 'revision', 'cells')
-if kept[1] and tonumber(kept[1]) >= tonumber(ARGV[2]) then return 0 end
+-- KEYS: fence, sums hash, count of changes, a hash for each session.
+-- ARGV: token; then for each session its revision, and rows of {field, number as string} as JSON.
 local function add(rows, negate)
   for _, row in ipairs(cjson.decode(rows)) do
     local number = row[2]
@@ -57,14 +56,23 @@ local function add(rows, negate)
     redis.call('HINCRBYFLOAT', KEYS[2], row[1], number)
   end
 end
-if kept[2] then add(kept[2], true) end
-add(ARGV[3], false)
-redis.call('HSET', KEYS[3], 'revision', ARGV[2], 'cells', ARGV[3])
-return 1
+local newer = 0
+for i = 4, #KEYS do
+  local revision, rows = ARGV[2 * i - 6], ARGV[2 * i - 5]
+  local kept = redis.call('HMGET', KEYS[i], 'revision', 'cells')
+  if not (kept[1] and tonumber(kept[1]) >= tonumber(revision)) then
+    if kept[2] then add(kept[2], true) end
+    add(rows, false)
+    redis.call('HSET', KEYS[i], 'revision', revision, 'cells', rows)
+    newer = newer + 1
+  end
+end
+if newer > 0 then redis.call('INCRBY', KEYS[3], newer) end
+return newer
 """
 )
 
-_CLEAR = _FENCE + "redis.call('DEL', KEYS[2]) return 1"
+_CLEAR = _FENCE + "redis.call('DEL', KEYS[2]) redis.call('INCR', KEYS[3]) return 1"
 _MARK = """
 -- KEYS: lease hash, mark. ARGV: token, value. What came before a mark is in this store: not if it was emptied since.
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return -1 end
@@ -77,6 +85,10 @@ _SET = _FENCE + "redis.call('SET', KEYS[2], ARGV[2]) return 1"
 _choice = msgspec.json.Decoder(Choice)
 _snapshot = msgspec.json.Decoder(Snapshot)
 _key = msgspec.json.Decoder(ApiKey)
+
+
+AT_ONCE = 500
+"""Sessions of one script; others wait for it."""
 
 
 class RedisStore:
@@ -113,29 +125,34 @@ class RedisStore:
             owner, token, expires = self._redis.hmget("understudy:{controller}:lease", "owner", "token", "expires")
         return Lease(owner.decode(), int(token), float(expires)) if token else None
 
-    def apply(self, route: str, session: str, revision: int, contribution: Mapping[Cell, Sums], token: int) -> bool:
-        rows = [
-            (f"{c.segment}\x1f{c.arm}\x1f{c.bucket}\x1f{part}", repr(number))
-            for c, v in sorted(contribution.items())
-            for part, number in (("n", v.n), ("s", v.s), ("ss", v.ss))
-        ]
-        keys = [_k(route, "fence"), _k(route, "sums"), _k(route, f"session:{session}")]
+    def apply(self, route: str, changes: Sequence[Change], token: int) -> int:
+        keys = [_k(route, "fence"), _k(route, "sums"), _k(route, "changes")]
+        newer = 0
+        for start in range(0, len(changes), AT_ONCE):
+            part = changes[start : start + AT_ONCE]
+            sessions = [_k(route, f"session:{change.session}") for change in part]
+            args = [x for change in part for x in (change.revision, msgspec.json.encode(_rows(change.cells)))]
+            with self._translated():
+                newer += _unfenced(self._apply(keys=[*keys, *sessions], args=[token, *args]), token)
+        return newer
+
+    def changes(self, route: str) -> int:
         with self._translated():
-            done = self._apply(keys=keys, args=[token, revision, msgspec.json.encode(rows)])
-        return bool(_unfenced(done, token))
+            return int(self._redis.get(_k(route, "changes")) or 0)
 
     def sums(self, route: str) -> dict[Cell, Sums]:
         with self._translated():
             fields = self._redis.hgetall(_k(route, "sums"))
         parts: dict[Cell, dict[str, float]] = {}
         for field, number in fields.items():
-            segment, arm, bucket, part = field.decode().split("\x1f")
-            parts.setdefault(Cell(segment, arm, int(bucket)), {})[part] = float(number)
+            segment, arm, bucket, part, *metric = field.decode().split("\x1f")
+            parts.setdefault(Cell(segment, arm, int(bucket), *metric), {})[part] = float(number)
         return {cell: Sums(**numbers) for cell, numbers in parts.items()}
 
     def clear(self, route: str, token: int) -> None:
         with self._translated():
-            _unfenced(self._clear(keys=[_k(route, "fence"), _k(route, "sums")], args=[token]), token)
+            keys = [_k(route, "fence"), _k(route, "sums"), _k(route, "changes")]
+            _unfenced(self._clear(keys=keys, args=[token]), token)
             for key in self._redis.scan_iter(_glob(_k(route, "session:")) + "*", count=1000):
                 self._redis.unlink(key)
 
@@ -196,6 +213,15 @@ class RedisStore:
 
 def _k(route: str, name: str) -> str:
     return f"understudy:{{{route}}}:{name}"
+
+
+def _rows(cells: Mapping[Cell, Sums]) -> list[tuple[str, str]]:
+    """The fields of the sums hash, each with the number to add."""
+    return [
+        ("\x1f".join((c.segment, c.arm, str(c.bucket), part, *([c.metric] if c.metric else []))), repr(number))
+        for c, v in sorted(cells.items())
+        for part, number in (("n", v.n), ("s", v.s), ("ss", v.ss))
+    ]
 
 
 def _glob(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from router.arms import Cell, Choice, Snapshot, Sums
-from router.store import ApiKey, Assignment, Lease, dump_cells, load_cells
+from router.store import ApiKey, Assignment, Change, Lease, dump_cells, load_cells
 from telemetry.errors import Fenced
 from telemetry.sqlite import connect, transaction, translated
 
@@ -33,6 +33,16 @@ MIGRATIONS = [
     CREATE INDEX assignments_expires ON assignments (expires);
     CREATE TABLE keys (id TEXT PRIMARY KEY, body BLOB NOT NULL);
     CREATE TABLE secrets (name TEXT PRIMARY KEY, value BLOB NOT NULL)
+    """,
+    """
+    ALTER TABLE sums RENAME TO old_sums;
+    CREATE TABLE sums (
+        route TEXT, segment TEXT, arm TEXT, bucket INTEGER, metric TEXT,
+        n REAL NOT NULL, s REAL NOT NULL, ss REAL NOT NULL,
+        PRIMARY KEY (route, segment, arm, bucket, metric)
+    ) WITHOUT ROWID;
+    INSERT INTO sums SELECT route, segment, arm, bucket, '', n, s, ss FROM old_sums;
+    DROP TABLE old_sums
     """,
 ]
 
@@ -74,37 +84,52 @@ class SqliteStore:
         row = self._one("SELECT owner, token, expires FROM lease")
         return Lease(*row) if row else None
 
-    def apply(self, route: str, session: str, revision: int, contribution: Mapping[Cell, Sums], token: int) -> bool:
+    def apply(self, route: str, changes: Sequence[Change], token: int) -> int:
         with self._writing(token):
-            where = (route, session)
-            row = self._db.execute(
-                "SELECT revision, cells FROM contributions WHERE route = ? AND session = ?", where
-            ).fetchone()
-            if row and row[0] >= revision:
-                return False
-            change = dict(contribution)
-            for cell, sums in load_cells(row[1]).items() if row else ():
-                change[cell] = change.get(cell, Sums()).plus(sums, -1.0)
-            self._db.executemany(
-                "INSERT INTO sums VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE"
-                " SET n = n + excluded.n, s = s + excluded.s, ss = ss + excluded.ss",
-                [(route, c.segment, c.arm, c.bucket, d.n, d.s, d.ss) for c, d in change.items()],
-            )
+            newer = sum(self._replace(route, change) for change in changes)
+            self._changed(route, newer)
+            return newer
+
+    def _replace(self, route: str, new: Change) -> bool:
+        row = self._db.execute(
+            "SELECT revision, cells FROM contributions WHERE route = ? AND session = ?", (route, new.session)
+        ).fetchone()
+        if row and row[0] >= new.revision:
+            return False
+        difference = dict(new.cells)
+        for cell, sums in load_cells(row[1]).items() if row else ():
+            difference[cell] = difference.get(cell, Sums()).plus(sums, -1.0)
+        self._db.executemany(
+            "INSERT INTO sums VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE"
+            " SET n = n + excluded.n, s = s + excluded.s, ss = ss + excluded.ss",
+            [(route, c.segment, c.arm, c.bucket, c.metric, d.n, d.s, d.ss) for c, d in difference.items()],
+        )
+        self._db.execute(
+            "INSERT OR REPLACE INTO contributions VALUES (?, ?, ?, ?)",
+            (route, new.session, new.revision, dump_cells(new.cells)),
+        )
+        return True
+
+    def _changed(self, route: str, times: int) -> None:
+        if times:
             self._db.execute(
-                "INSERT OR REPLACE INTO contributions VALUES (?, ?, ?, ?)",
-                (*where, revision, dump_cells(contribution)),
+                "INSERT INTO marks VALUES (?, ?) ON CONFLICT DO UPDATE SET value = value + excluded.value",
+                (f"changes:{route}", times),
             )
-            return True
 
     def sums(self, route: str) -> dict[Cell, Sums]:
         with self._lock, translated(self.path):
-            rows = self._db.execute("SELECT segment, arm, bucket, n, s, ss FROM sums WHERE route = ?", (route,))
-            return {Cell(segment, arm, bucket): Sums(n, s, ss) for segment, arm, bucket, n, s, ss in rows}
+            rows = self._db.execute("SELECT segment, arm, bucket, metric, n, s, ss FROM sums WHERE route = ?", (route,))
+            return {Cell(*where): Sums(n, s, ss) for *where, n, s, ss in rows}
+
+    def changes(self, route: str) -> int:
+        return self.marked(f"changes:{route}")
 
     def clear(self, route: str, token: int) -> None:
         with self._writing(token):
             self._db.execute("DELETE FROM contributions WHERE route = ?", (route,))
             self._db.execute("DELETE FROM sums WHERE route = ?", (route,))
+            self._changed(route, 1)
 
     def publish(self, snapshot: Snapshot, token: int) -> None:
         with self._writing(token):

@@ -81,7 +81,7 @@ def _tabulate(
     """The segments, "" first, and Σw, Σwr, Σwr² as arrays [S, K], discounted."""
     column = {arm: place for place, arm in enumerate(arms)}
     row = {"": 0}
-    kept = [(c, v) for c, v in cells.items() if c.arm in column]
+    kept = [(c, v) for c, v in cells.items() if c.arm in column and not c.metric]
     if policy.segment_by is not None:
         for cell, _ in kept:
             row.setdefault(cell.segment, len(row))

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from router.arms import Cell, Snapshot, Sums
+from router.arms import Snapshot, Sums
 from router.bandit import (
     BUCKET,
     PRIOR_VARIANCE,
@@ -22,7 +22,6 @@ from router.bandit import (
     believe_segments,
     best_of,
     bucket_of,
-    discounted,
     draw,
     epsilon_greedy,
     family,
@@ -322,27 +321,6 @@ def test_thompson_weights_are_the_probabilities_of_being_best_above_a_floor() ->
     beliefs = list(posteriors(["a", "b", "new"], sums, None, 4.0).values())
     expected = 0.02 + 0.94 * simulated(np.array([b.mean for b in beliefs]), np.array([b.sd for b in beliefs]))
     assert list(found.values()) == pytest.approx(expected, abs=CLOSE)
-
-
-# Evidence ages.
-
-
-def test_evidence_is_halved_by_each_half_life() -> None:
-    now = 1000.0 * BUCKET + BUCKET / 2
-    cells = {
-        Cell("", "a", 1000 * BUCKET): Sums(4, 2, 1),
-        Cell("", "a", 998 * BUCKET): Sums(8, 8, 8),
-        Cell("", "b", 996 * BUCKET): Sums(16, 0, 0),
-        Cell("code", "a", 1000 * BUCKET): Sums(99, 99, 99),
-    }
-    found = discounted(cells, "", now, 2 * BUCKET)
-    assert found == {"a": Sums(4 + 4, 2 + 4, 1 + 4), "b": Sums(4, 0, 0)}
-    assert discounted(cells, "code", now, 2 * BUCKET) == {"a": Sums(99, 99, 99)}
-
-
-def test_evidence_from_the_future_counts_as_of_now() -> None:
-    cells = {Cell("", "a", 5000 * BUCKET): Sums(4, 2, 1)}
-    assert discounted(cells, "", 1000.0 * BUCKET, BUCKET) == {"a": Sums(4, 2, 1)}
 
 
 def test_a_bucket_begins_at_or_before_its_times() -> None:

@@ -11,6 +11,7 @@ import pytest
 from fake_vllm import FakeVllm
 
 from router.arms import Cell
+from router.store import Change
 from router.store_sqlite import SqliteStore
 from telemetry.events import Answerer, Interaction, Signal
 from telemetry.journal import Journal
@@ -109,7 +110,7 @@ def test_rebuild_finds_a_store_that_differs_from_its_journal_and_mends_it(
     with closing(SqliteStore(tmp_path / "understudy.db")) as store:
         lease = store.lease("bug", 60.0, time.time())
         assert lease
-        store.apply("assistant", "1:t/s1", 99, {}, lease.token)
+        store.apply("assistant", [Change("1:t/s1", 99, {})], lease.token)
         store.release("bug")
     capsys.readouterr()
     assert main(["rebuild", "--config", str(config)]) == 1

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from router.arms import Cell, Sums
 from router.controller import Controller, RoutePlan
 from router.policy import Arm, Policy, Reward, Split, Thompson
+from router.store import Change
 from router.store_sqlite import SqliteStore
 from telemetry.errors import Fenced, StateUnavailable
 from telemetry.events import Answerer, Fact, Interaction, Signal
@@ -201,7 +202,7 @@ def test_a_controller_that_slept_through_its_lease_is_fenced(house: House) -> No
     assert old is not None
     settle(house.controller("new"), NOW + 5)
     with pytest.raises(Fenced):
-        house.store.apply("r", "1:t/x", 1, {Cell("", "a", 0): Sums(1, 1, 1)}, old.token)
+        house.store.apply("r", [Change("1:t/x", 1, {Cell("", "a", 0): Sums(1, 1, 1)})], old.token)
     assert house.sums() == {}
 
 

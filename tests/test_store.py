@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from redis_server import RedisServer
 
 from gateway.auth import new_key
 from router.arms import Cell, Choice, Snapshot, Sums
-from router.store import Store, session_key
+from router.store import Change, Store, session_key
 from router.store_redis import RedisStore
-from router.store_sqlite import SqliteStore
+from router.store_sqlite import MIGRATIONS, SqliteStore
 from telemetry.errors import Fenced, StateError, StateLocked, StateReadOnly, StateUnavailable, StateVersion
+from telemetry.sqlite import connect
 
 NOW = 1_800_000_000.0
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,11 +102,11 @@ def test_a_controller_that_lost_its_lease_writes_nothing(opened: Open) -> None:
     old, new = opened(), opened()
     old_token = token(old)
     new_token = token(new, "two", NOW + 5)
-    new.apply("r", "s", 1, part("a", 1.0), new_token)
+    new.apply("r", [Change("s", 1, part("a", 1.0))], new_token)
     new.publish(Snapshot("r", 2, NOW, "thompson", 0.0, {"": {"a": 1.0}}), new_token)
     new.mark("journal", 9, new_token)
     with pytest.raises(Fenced):
-        old.apply("r", "s", 2, part("a", 0.0), old_token)
+        old.apply("r", [Change("s", 2, part("a", 0.0))], old_token)
     with pytest.raises(Fenced):
         old.publish(Snapshot("r", 3, NOW, "thompson", 0.0, {"": {"a": 0.5}}), old_token)
     with pytest.raises(Fenced):
@@ -115,13 +117,13 @@ def test_a_controller_that_lost_its_lease_writes_nothing(opened: Open) -> None:
 
 def test_a_session_counts_once_and_by_its_newest_revision(store: Store) -> None:
     t = token(store)
-    assert store.apply("r", "s", 5, part("a", 0.25), t)
-    assert not store.apply("r", "s", 5, part("a", 0.25), t), "the same revision again"
-    assert not store.apply("r", "s", 4, part("a", 1.0), t), "an older one"
-    assert store.apply("r", "s", 6, part("b", 0.75, 3600), t)
+    assert store.apply("r", [Change("s", 5, part("a", 0.25))], t)
+    assert not store.apply("r", [Change("s", 5, part("a", 0.25))], t), "the same revision again"
+    assert not store.apply("r", [Change("s", 4, part("a", 1.0))], t), "an older one"
+    assert store.apply("r", [Change("s", 6, part("b", 0.75, 3600))], t)
     sums = {cell: v for cell, v in store.sums("r").items() if v.n}
     assert sums == {Cell("", "b", 3600): Sums(1.0, 0.75, 0.5625)}
-    assert store.apply("r", "s", 7, {}, t), "and can be taken back"
+    assert store.apply("r", [Change("s", 7, {})], t), "and can be taken back"
     assert all(v.n == pytest.approx(0.0, abs=1e-12) for v in store.sums("r").values())
 
 
@@ -129,23 +131,68 @@ def test_a_cleared_route_counts_anew_and_the_others_stay(opened: Open) -> None:
     store = opened()
     t = token(store)
     for route in ("r", "r*", "other"):
-        store.apply(route, "s", 3, part("a", 1.0), t)
+        store.apply(route, [Change("s", 3, part("a", 1.0))], t)
     store.clear("r*", t)
     store.clear("r", t)
     assert store.sums("r") == {}
-    assert store.apply("r", "s", 1, part("a", 0.5), t), "older than what was forgotten"
+    assert store.apply("r", [Change("s", 1, part("a", 0.5))], t), "older than what was forgotten"
     assert store.sums("other")[Cell("", "a", 0)].s == 1.0
     token(opened(), "two", NOW + 9)
-    store.apply("r", "s", 2, part("a", 0.5), t + 1)
+    store.apply("r", [Change("s", 2, part("a", 0.5))], t + 1)
     with pytest.raises(Fenced):
         store.clear("r", t)
 
 
+def test_a_batch_counts_each_session_once_and_says_how_many_were_newer(store: Store) -> None:
+    t = token(store)
+    batch = [Change(f"s{n}", 1, part("a", 0.5)) for n in range(1200)]
+    assert store.apply("r", batch, t) == 1200
+    assert store.apply("r", [*batch[:3], Change("s0", 2, part("b", 1.0))], t) == 1
+    assert store.apply("r", [Change("new", 1, part("a", 0.0)), Change("new", 1, part("a", 0.0))], t) == 1
+    assert store.sums("r") == {Cell("", "a", 0): Sums(1200.0, 599.5, 299.75), Cell("", "b", 0): Sums(1.0, 1.0, 1.0)}
+
+
+def test_the_count_of_changes_moves_whenever_the_sums_may_have(store: Store) -> None:
+    t = token(store)
+    assert store.changes("r") == 0
+    store.apply("r", [Change("s", 1, part("a", 0.5))], t)
+    one = store.changes("r")
+    store.apply("r", [Change("s", 1, part("a", 0.5))], t)
+    assert store.changes("r") == one > 0
+    store.clear("r", t)
+    assert store.changes("r") > one
+    assert store.changes("other") == 0
+
+
+def test_metrics_are_counted_beside_the_reward(store: Store) -> None:
+    t = token(store)
+    cells = {Cell("", "a", 0): Sums(1.0, 0.5, 0.25), Cell("", "a", 0, "cost"): Sums(1.0, 0.002, 0.000004)}
+    store.apply("r", [Change("s", 1, cells)], t)
+    assert store.sums("r") == cells
+    store.apply("r", [Change("s", 2, {Cell("", "a", 0, "cost"): Sums(1.0, 0.5, 0.25)})], t)
+    found = store.sums("r")
+    assert (found[Cell("", "a", 0)].n, found[Cell("", "a", 0, "cost")].s) == (0.0, pytest.approx(0.5))
+
+
+def test_a_file_of_an_older_version_keeps_its_sums(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    connect(path, "store", MIGRATIONS[:1]).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("INSERT INTO sums VALUES ('r', '', 'a', 0, 1.0, 0.5, 0.25)")
+        db.execute("INSERT INTO contributions VALUES ('r', 's', 1, ?)", (b'[["","a",0,1.0,0.5,0.25]]',))
+        db.commit()
+    store = SqliteStore(path)
+    assert store.sums("r") == part("a", 0.5)
+    store.apply("r", [Change("s", 2, part("b", 1.0))], 1)
+    assert store.sums("r") == {Cell("", "a", 0): Sums()} | part("b", 1.0)
+    store.close()
+
+
 def test_routes_and_segments_are_kept_apart(store: Store) -> None:
     t = token(store)
-    store.apply("r", "s", 1, part("a", 1.0, segment="code"), t)
-    store.apply("r", "s2", 1, part("a", 0.5, segment="mail: x/y"), t)
-    store.apply("other", "s", 1, part("a", 0.0), t)
+    store.apply("r", [Change("s", 1, part("a", 1.0, segment="code"))], t)
+    store.apply("r", [Change("s2", 1, part("a", 0.5, segment="mail: x/y"))], t)
+    store.apply("other", [Change("s", 1, part("a", 0.0))], t)
     assert {cell.segment: v.s for cell, v in store.sums("r").items()} == {"code": 1.0, "mail: x/y": 0.5}
 
 
@@ -166,7 +213,7 @@ def test_whatever_the_order_and_repetition_the_sums_are_those_of_the_newest_revi
     route = f"r{id(changes)}-{len(changes)}-{hash(tuple(changes))}"
     newest: dict[str, tuple[int, str, float]] = {}
     for session, revision, arm, reward in [*changes, *changes[::-1]]:
-        store.apply(route, session, revision, part(arm, reward), t)
+        store.apply(route, [Change(session, revision, part(arm, reward))], t)
         if session not in newest or revision > newest[session][0]:
             newest[session] = (revision, arm, reward)
     found = store.sums(route)
@@ -249,11 +296,12 @@ WRITER = """
 import sys
 from pathlib import Path
 from router.arms import Cell, Sums
+from router.store import Change
 from router.store_sqlite import SqliteStore
 
 store = SqliteStore(Path(sys.argv[1]))
 for n in range(50):
-    store.apply("r", f"{sys.argv[2]}-{n}", 1, {Cell("", "a", 0): Sums(1.0, 0.5, 0.25)}, 1)
+    store.apply("r", [Change(f"{sys.argv[2]}-{n}", 1, {Cell("", "a", 0): Sums(1.0, 0.5, 0.25)})], 1)
 store.close()
 """
 
@@ -277,8 +325,9 @@ def test_redis_away_is_said_by_every_call_and_it_works_again_when_back() -> None
             lambda: store.lease("one", 4.0, NOW),
             lambda: store.release("one"),
             store.holder,
-            lambda: store.apply("r", "s", 1, part("a", 1.0), t),
+            lambda: store.apply("r", [Change("s", 1, part("a", 1.0))], t),
             lambda: store.clear("r", t),
+            lambda: store.changes("r"),
             lambda: store.publish(Snapshot("r", 1, NOW, "split", 0.0, {"": {"a": 1.0}}), t),
             lambda: store.mark("journal", 1, t),
             lambda: store.sums("r"),
@@ -296,7 +345,7 @@ def test_redis_away_is_said_by_every_call_and_it_works_again_when_back() -> None
                 call()
             assert time.monotonic() - began < 3.0
         server.start()
-        assert store.apply("r", "s", 1, part("a", 1.0), token(store)), "scripts are loaded anew"
+        assert store.apply("r", [Change("s", 1, part("a", 1.0))], token(store)), "scripts are loaded anew"
         store.close()
 
 

@@ -9,13 +9,13 @@ same sums is what the store's being a cache of the journal means.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from router.arms import Cell, Sums
 from router.controller import LEASE_SECONDS, Controller, RoutePlan, Session, by_session, contribution, matured
-from router.store import Store, session_key
+from router.store import Change, Store, session_key
 from telemetry.errors import StateError
 from telemetry.events import Interaction
 from telemetry.journal import Journal
@@ -24,17 +24,8 @@ PAGE = 1000
 TOLERANCE = 1e-9
 
 
-@dataclass(frozen=True, slots=True)
-class Recount:
-    """What a session contributes."""
-
-    session: str
-    revision: int
-    cells: Mapping[Cell, Sums]
-
-
-def recount(plan: RoutePlan, store: Store, journal: Journal) -> Iterator[Recount]:
-    """Each session of the route that was heard, as far as the store's marks say that the controller has come."""
+def recount(plan: RoutePlan, store: Store, journal: Journal) -> Iterator[list[Change]]:
+    """What each session of the route contributes, as far as the store's marks say that the controller has come."""
     end, mark = store.marked("journal"), store.marked(matured(plan.reward.window))
     seen: set[Session] = set()
     after = 0
@@ -45,8 +36,10 @@ def recount(plan: RoutePlan, store: Store, journal: Journal) -> Iterator[Recount
         seen |= keys.keys()
         sessions = {key: [(seq, i) for seq, i in rows if seq <= end] for key, rows in found.items()}
         signals = journal.signals_about(i for rows in sessions.values() for _, i in rows)
-        for key, heard in by_session(sessions, [(seq, s) for seq, s in signals if seq <= end]).items():
-            yield Recount(session_key(*key), *contribution(plan, sessions[key], heard, mark))
+        yield [
+            Change(session_key(*key), *contribution(plan, sessions[key], heard, mark))
+            for key, heard in by_session(sessions, [(seq, s) for seq, s in signals if seq <= end]).items()
+        ]
 
 
 def compare(plans: list[RoutePlan], store: Store, journal: Journal) -> list[dict[str, Any]]:
@@ -62,9 +55,9 @@ def replace(plans: list[RoutePlan], store: Store, journal: Journal) -> None:
         raise StateError(f"{holder.owner if holder else 'a controller'} is at work: stop `understudy serve` first")
     for plan in plans:
         store.clear(plan.name, lease.token)
-        for one in recount(plan, store, journal):
+        for changes in recount(plan, store, journal):
             store.lease("rebuild", LEASE_SECONDS, time.time())
-            store.apply(plan.name, one.session, one.revision, one.cells, lease.token)
+            store.apply(plan.name, changes, lease.token)
     controller = Controller(plans, journal, store, "rebuild")
     while controller.step(time.time()):  # what no controller has come to yet
         pass
@@ -73,12 +66,12 @@ def replace(plans: list[RoutePlan], store: Store, journal: Journal) -> None:
 
 def _difference(plan: RoutePlan, store: Store, journal: Journal) -> dict[str, Any]:
     new: dict[Cell, Sums] = {}
-    for one in recount(plan, store, journal):
-        for cell, sums in one.cells.items():
+    for change in chain.from_iterable(recount(plan, store, journal)):
+        for cell, sums in change.cells.items():
             new[cell] = new.get(cell, Sums()).plus(sums)
     old, largest = store.sums(plan.name), 0.0
     for cell in old.keys() | new.keys():
         a, b = old.get(cell, Sums()), new.get(cell, Sums())
         largest = max(largest, abs(a.n - b.n), abs(a.s - b.s), abs(a.ss - b.ss))
-    sessions = sum(v.n for v in new.values())
+    sessions = sum(v.n for cell, v in new.items() if not cell.metric)
     return {"route": plan.name, "sessions": sessions, "largest_difference": largest, "same": largest <= TOLERANCE}
