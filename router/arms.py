@@ -18,6 +18,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Segment → arm → weight; weights of a segment sum to 1. Segment "" is every one that is not here."""
     full: bool = False
     """No more segments get sums of their own: sessions of one that is not here count under ""."""
+    price: float = 0.0
+    """Reward given up for one unit of currency, where cost counts."""
 
 
 class Choice(msgspec.Struct, frozen=True):

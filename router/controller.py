@@ -19,8 +19,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from router.arms import Cell, Snapshot, Sums
 from router.policy import Arm, Policy, Reward, Split
+from router.price import measured, priced
 from router.reward import Heard, session_reward
 from router.store import Change, Store, session_key
 from router.weights import shares
@@ -192,14 +195,15 @@ class Controller:
         """What the sums say now."""
         policy = route.policy
         if isinstance(policy, Split):
-            return Snapshot(route.name, version, now, policy.kind, 0.0, shares(policy, route.arms, {}, now))
+            return replace(initial_snapshot(route, now), version=version)
         cells = self._store.sums(route.name)
         full = policy.segment_by is not None and len({cell.segment for cell in cells}) >= policy.max_segments
         if full and route.name not in self._full:
             self._full.add(route.name)
             log.warning("route %s: %d segments, no more get weights of their own", route.name, policy.max_segments)
-        segments = shares(policy, route.arms, cells, now)
-        return Snapshot(route.name, version, now, policy.kind, policy.holdout, segments, full)
+        cost = priced(policy, route.arms, cells, now, route.reward)
+        segments = shares(policy, route.arms, cells, now, cost.burdens)
+        return Snapshot(route.name, version, now, policy.kind, policy.holdout, segments, full, cost.price)
 
 
 def by_session(sessions: Requests, signals: Iterable[Heard]) -> dict[Session, list[Heard]]:
@@ -232,7 +236,11 @@ def contribution(
     newest = max(seq for seq, _ in (*own, *signals))
     ripe = max((seq for seq, _ in signals if seq <= mark), default=0)
     reward = session_reward([i for _, i in own], signals, plan.reward, mark)
-    return newest + ripe, reward.contribution() if reward else {}
+    if reward is None:
+        return newest + ripe, {}
+    took = measured(plan.reward, plan.arms, (i for _, i in own if i.error is None))
+    beside = {reward.cell(metric): Sums(1.0, value, value * value) for metric, value in took.items()}
+    return newest + ripe, reward.contribution() | beside
 
 
 def _moved(old: Snapshot, new: Snapshot) -> bool:
@@ -250,7 +258,5 @@ def _moved(old: Snapshot, new: Snapshot) -> bool:
 
 def initial_snapshot(route: RoutePlan, now: float) -> Snapshot:
     """What a gateway draws from until the controller has published: the policy without any evidence."""
-    if isinstance(route.policy, Split):
-        return Snapshot(route.name, 0, now, "split", 0.0, shares(route.policy, route.arms, {}, now))
-    even = {arm: 1.0 / len(route.arms) for arm in route.arms}
-    return Snapshot(route.name, 0, now, route.policy.kind, route.policy.holdout, {"": even})
+    holdout = 0.0 if isinstance(route.policy, Split) else route.policy.holdout
+    return Snapshot(route.name, 0, now, route.policy.kind, holdout, shares(route.policy, route.arms, {}, now))

@@ -138,6 +138,13 @@ class Written(BaseModel):
     )
 
 
+class Price(Written):
+    """What a model's tokens cost, in any one currency."""
+
+    input: float = Field(0.0, ge=0, description="Of a million tokens in.")
+    output: float = Field(0.0, ge=0, description="Of a million tokens out.")
+
+
 class Arm(Written):
     """One candidate answerer on a route: a model version × a prompt version × parameters."""
 
@@ -158,6 +165,7 @@ class Arm(Written):
     gain: float = Field(
         0.0, ge=-1, le=1, description="How much more reward than its parent this arm is expected to bring."
     )
+    price: Price | None = Field(None, description="What the model's tokens cost; for reward.cost.")
     max_share: float = Field(1.0, gt=0, le=1, description="Largest share of sessions this arm may get.")
 
     @field_validator("params")
@@ -286,6 +294,29 @@ def _named(written: object) -> object:
 OutcomeOrName = Annotated[Outcome, BeforeValidator(_named, json_schema_input_type=str | Outcome)]
 
 
+class Cost(Written):
+    """How dear an answer may be."""
+
+    weight: float | None = Field(
+        None, gt=0, description="Reward given up for one unit of the currency that the arms' prices are in."
+    )
+    budget: float | None = Field(
+        None, gt=0, description="What a session may cost on average; the weight that keeps to it is found."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Cost:
+        if (self.weight is None) == (self.budget is None):
+            raise fault("needs a weight or a budget; write one of them, such as {budget: 0.002}")
+        return self
+
+
+class Latency(Written):
+    """How slow an answer may be."""
+
+    weight: float = Field(gt=0, description="Reward given up for one second of a session's mean answer time.")
+
+
 class Reward(Written):
     """How a session's signals and outcome become one number."""
 
@@ -304,6 +335,8 @@ class Reward(Written):
         description="The business outcome that is a session's reward once it is known; until then signals are. "
         "Its name, or a mapping with its scale.",
     )
+    cost: Cost | None = Field(None, description="Weigh what sessions cost against their reward; needs arms' prices.")
+    latency: Latency | None = Field(None, description="Weigh how long answers take against the reward.")
 
 
 class Stage(Written):

@@ -44,8 +44,11 @@ class SessionReward:
     segment: str = ""
 
     def contribution(self) -> dict[Cell, Sums]:
-        r = self.reward
-        return {Cell(self.segment, self.arm, bucket_of(self.at)): Sums(1.0, r, r * r)}
+        return {self.cell(): Sums(1.0, self.reward, self.reward**2)}
+
+    def cell(self, metric: str = "") -> Cell:
+        """Where the session's reward, or another metric of it, is counted."""
+        return Cell(self.segment, self.arm, bucket_of(self.at), metric)
 
 
 def score(signal: Signal) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -40,20 +41,28 @@ class Beliefs:
     """Evidence, discounted by age."""
     means: Floats
     sds: Floats
+    values: Floats
+    """The means less what the arms' sessions cost, in units of reward."""
     best: Floats
-    """P(the arm is the best one)."""
+    """P(the arm has the highest value)."""
 
     def of(self, segment: str, arm: str) -> Posterior:
         s, k = self.segments.index(segment), self.arms.index(arm)
         return Posterior(float(self.means[s, k]), float(self.sds[s, k]), float(self.sessions[s, k]))
 
 
-def beliefs(policy: Learned, arms: Mapping[str, Arm], cells: Mapping[Cell, Sums], now: float) -> Beliefs:
+def beliefs(
+    policy: Learned,
+    arms: Mapping[str, Arm],
+    cells: Mapping[Cell, Sums],
+    now: float,
+    burdens: Mapping[str, float] = MappingProxyType({}),
+) -> Beliefs:
     """Read `cells` as of `now` (Unix seconds): a session of age a counts 2^(-a / half_life) times.
 
     A bucket that lies in the future (a clock was set back) counts as of now. Arms that are not in `arms` are left
     out, but for parents of those that are. Of more segments than `policy.max_segments` those with the most evidence are
-    listed; all are pooled.
+    listed; all are pooled. `burdens`: by arm, what a session of it costs, in units of reward (`router.price`).
     """
     parents = {name: (arm.parent, arm.gain) for name, arm in arms.items() if arm.parent is not None}
     heard = [*arms, *dict.fromkeys(parent for parent, _ in parents.values() if parent not in arms)]
@@ -70,18 +79,27 @@ def beliefs(policy: Learned, arms: Mapping[str, Arm], cells: Mapping[Cell, Sums]
         sessions = np.vstack([sums[0], np.zeros(len(heard))])[[first, *named]]
         means, sds, listed = means[[first, *named]], sds[[first, *named]], ["", *(segments[place] for place in named)]
     sessions, means, sds = (table[:, : len(arms)] for table in (sessions, means, sds))
+    values = means - np.array([burdens.get(arm, 0.0) for arm in arms])
     parts = range(0, len(listed), AT_ONCE)
-    best = np.vstack([probability_best(means[at : at + AT_ONCE], sds[at : at + AT_ONCE]) for at in parts])
-    return Beliefs(tuple(arms), tuple(listed), sessions, means, sds, best)
+    best = np.vstack([probability_best(values[at : at + AT_ONCE], sds[at : at + AT_ONCE]) for at in parts])
+    return Beliefs(tuple(arms), tuple(listed), sessions, means, sds, values, best)
+
+
+def mean_of(metric: str, policy: Learned, arms: Mapping[str, Arm], cells: Mapping[Cell, Sums], now: float) -> Floats:
+    """The mean [K] of a metric other than the reward over all segments; an arm is like the others until it is heard."""
+    whole = policy.model_copy(update={"segment_by": None})
+    _, (n, s, _) = _tabulate(whole, list(arms), cells, now, metric)
+    everyone = s.sum() / max(n.sum(), 1e-12)
+    return np.asarray((s[0] + everyone) / (n[0] + 1.0))
 
 
 def _tabulate(
-    policy: Learned, arms: Sequence[str], cells: Mapping[Cell, Sums], now: float
+    policy: Learned, arms: Sequence[str], cells: Mapping[Cell, Sums], now: float, metric: str = ""
 ) -> tuple[list[str], tuple[Floats, Floats, Floats]]:
     """The segments, "" first, and Σw, Σwr, Σwr² as arrays [S, K], discounted."""
     column = {arm: place for place, arm in enumerate(arms)}
     row = {"": 0}
-    kept = [(c, v) for c, v in cells.items() if c.arm in column and not c.metric]
+    kept = [(c, v) for c, v in cells.items() if c.arm in column and c.metric == metric]
     if policy.segment_by is not None:
         for cell, _ in kept:
             row.setdefault(cell.segment, len(row))
@@ -95,12 +113,16 @@ def _tabulate(
 
 
 def shares(
-    policy: Policy, arms: Mapping[str, Arm], cells: Mapping[Cell, Sums], now: float
+    policy: Policy,
+    arms: Mapping[str, Arm],
+    cells: Mapping[Cell, Sums],
+    now: float,
+    burdens: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, dict[str, float]]:
     """Segment → arm → the share of new sessions that it should get now; segment "" is any that is not listed."""
     if isinstance(policy, Split):
         return {"": {arm: policy.shares.get(arm, 0.0) for arm in arms}}
-    found = beliefs(policy, arms, cells, now)
+    found = beliefs(policy, arms, cells, now, burdens)
     rows = with_caps(with_floor(drawn(policy, found), policy.floor), _caps(policy, arms)).tolist()
     return {segment: dict(zip(arms, row, strict=True)) for segment, row in zip(found.segments, rows, strict=True)}
 
@@ -117,6 +139,6 @@ def drawn(policy: Learned, found: Beliefs) -> Floats:
         case TopTwo():
             return top_two(found.best, policy.beta)
         case Epsilon():
-            return epsilon_greedy(found.means, policy.epsilon)
+            return epsilon_greedy(found.values, policy.epsilon)
         case _:
             return found.best

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from router.controller import RoutePlan, initial_snapshot
 from router.policy import Learned, Thompson
+from router.price import priced
 from router.store import Store
 from router.weights import beliefs
 from telemetry.events import Interaction, Signal
@@ -27,6 +29,37 @@ class Heard:
     """Sessions with any signal."""
     moved_by: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def rate(self) -> float | None:
+        """The share of sessions in which anything was heard."""
+        return len(self.judged) / len(self.sessions) if self.sessions else None
+
+
+def apart(arm: Heard, everyone: Heard) -> bool:
+    """Whether signals come much more or less often on this arm than on the others, and not by chance.
+
+    Then its sessions with a reward may be other kinds of sessions than the others' are, and the means cannot be
+    compared. Two proportions, pooled z-test at 4 standard errors, since it is looked at all the time.
+    """
+    n, heard = len(arm.sessions), len(arm.judged)
+    rest, heard_rest = len(everyone.sessions) - n, len(everyone.judged) - heard
+    if not (n and rest):
+        return False
+    pooled = (heard + heard_rest) / (n + rest)
+    error = math.sqrt(pooled * (1.0 - pooled) * (1.0 / n + 1.0 / rest))
+    one, other = heard / n, heard_rest / rest
+    return abs(one - other) > 4.0 * error and max(one, other) > 1.5 * min(one, other)
+
+
+def together(parts: Iterable[Heard]) -> Heard:
+    total = Heard()
+    for one in parts:
+        total.requests += one.requests
+        total.sessions |= one.sessions
+        total.judged |= one.judged
+        total.moved_by += one.moved_by
+    return total
+
 
 def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> list[dict[str, Any]]:
     """A row for each segment and arm: its weight now, what it served in the last hour, and what is believed of it.
@@ -40,14 +73,16 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
     for plan in plans:
         snapshot = store.snapshot(plan.name) or initial_snapshot(plan, now)
         policy = plan.policy if isinstance(plan.policy, Learned) else Thompson(kind="thompson")
-        found = beliefs(policy, plan.arms, store.sums(plan.name), now)
+        cells = store.sums(plan.name)
+        cost = priced(policy, plan.arms, cells, now, plan.reward)
+        found = beliefs(policy, plan.arms, cells, now, cost.burdens)
         for segment in found.segments:
             believed = {arm: found.of(segment, arm) for arm in found.arms}
             chances = found.best[found.segments.index(segment)].tolist()
             top = max(believed.values(), key=lambda b: b.mean).mean
             weights = snapshot.segments.get(segment, snapshot.segments.get("", {}))
             places = {arm: _place(heard, plan.name, segment, arm, found.segments) for arm in found.arms}
-            total = sum(place.requests for place in places.values())
+            everyone = together(places.values())
             for arm, p_best in zip(found.arms, chances, strict=True):
                 belief, place = believed[arm], places[arm]
                 row = {
@@ -63,8 +98,10 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
                     "p_best": p_best,
                     "regret": belief.sessions * (top - belief.mean),
                     "requests_last_hour": place.requests,
-                    "share_last_hour": place.requests / total if total else None,
-                    "signal_rate": len(place.judged) / len(place.sessions) if place.sessions else None,
+                    "share_last_hour": place.requests / everyone.requests if everyone.requests else None,
+                    "signal_rate": place.rate,
+                    "heard_apart": apart(place, everyone),
+                    "cost": cost.costs.get(arm),
                     "moved_by": dict(place.moved_by.most_common()),
                 }
                 rows.append(row | {"why": _why(row, policy, len(found.arms))})
@@ -74,6 +111,10 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
 def _why(row: Mapping[str, Any], policy: Learned, arms: int) -> str:
     """In a sentence: why the arm has its share."""
     moved = ", ".join(f"{count} {kind}" for kind, count in row["moved_by"].items()) or "nothing in the last hour"
+    if row["cost"] is not None:
+        moved += f"; a session costs {row['cost']:.2g}"
+    if row["heard_apart"]:
+        moved += f"; beware: heard in {row['signal_rate']:.0%} of sessions, unlike the others, so means may mislead"
     if row["policy"] == "split":
         return f"its share is written in the config; moved by {moved}"
     if not row["sessions"]:
@@ -92,14 +133,7 @@ def _place(
     """What was heard of an arm in `segment`; in "", of all segments that are not listed."""
     if segment:
         return heard.get((route, segment, arm), Heard())
-    total = Heard()
-    for (r, s, a), one in heard.items():
-        if (r, a) == (route, arm) and (s == "" or s not in listed):
-            total.requests += one.requests
-            total.sessions |= one.sessions
-            total.judged |= one.judged
-            total.moved_by += one.moved_by
-    return total
+    return together(one for (r, s, a), one in heard.items() if (r, a) == (route, arm) and (s == "" or s not in listed))
 
 
 def _last_hour(journal: Journal, now: float) -> dict[tuple[str, str, str], Heard]:
@@ -138,6 +172,9 @@ def status(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -
                 "snapshot": snapshot.version if snapshot else None,
                 "snapshot_age": now - snapshot.at if snapshot else None,
                 "weights": snapshot.segments.get("", {}) if snapshot else None,
+                "segments": len(snapshot.segments) - 1 if snapshot else 0,
+                "segments_full": bool(snapshot and snapshot.full),
+                "price": snapshot.price if snapshot else None,
             }
         )
     return {

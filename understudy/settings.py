@@ -246,6 +246,13 @@ class Route(Written):
         return self
 
     @model_validator(mode="after")
+    def _costs_are_known(self) -> Route:
+        for name, arm in self.arms.items() if self.reward.cost else ():
+            if arm.price is None:
+                raise fault("is needed by reward.cost; write what a million tokens cost", "arms", name, "price")
+        return self
+
+    @model_validator(mode="after")
     def _arms_descend(self) -> Route:
         for name in self.arms:
             seen, arm = {name}, self.arms[name].parent

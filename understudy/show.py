@@ -78,6 +78,11 @@ def status(found: Mapping[str, Any]) -> None:
         weights = "  ".join(f"{arm} {weight:.1%}" for arm, weight in (route["weights"] or {}).items())
         fresh = f"weights v{route['snapshot']}" if route["snapshot"] else "no weights published yet"
         console.print(f"route       {escape(route['route'])}: {route['policy']}, {fresh}  {weights}")
+        if route["segments"]:
+            full = "; [yellow]no more get weights of their own[/] (max_segments)" if route["segments_full"] else ""
+            console.print(f"            {route['segments']} segments{full}")
+        if route["price"]:
+            console.print(f"            a unit of currency is worth {route['price']:.3g} of reward")
 
 
 def rebuilt(rows: Iterable[Mapping[str, Any]], waiting: int) -> None:
