@@ -440,8 +440,6 @@ DURATION = ("not a duration", 'write one like "500ms", "30s", "10m", "1h" or "7d
         ("      far: {model: m, max_share: 0}\n", "arms.far.max_share", "must be more than 0", "raise it"),
         ("    reward: {outcome: {name: sale, worst: 1}}\n", "reward.outcome.best", "is the same as worst",
          "write the two values between which the outcome lies"),
-        ("    reward: {cost: {weight: 1}}\n", "arms.champion.price", "is needed by reward.cost",
-         "write what a million tokens cost"),
         ("    reward: {cost: {}}\n", "reward.cost", "needs a weight or a budget",
          "write one of them, such as {budget: 0.002}"),
         ("    timeouts: {connect: fast}\n", "timeouts.connect", *DURATION),
@@ -683,6 +681,12 @@ def test_the_sample_names_what_this_version_leaves_undone(settle: Any) -> None:
     ]
     archived = settle(f"{ROUTE}archive: s3://bucket/x\n")
     assert [note.split()[0] for note in accepted_but_unused(archived)] == ["archive"]
+
+
+def test_cost_needs_the_price_of_every_arm(problems: Any) -> None:
+    ((_, key, *said),) = problems(f"{ROUTE}    reward: {{cost: {{weight: 1}}}}\n")
+    assert key == "routes.assistant.arms.champion.price"
+    assert said == ["is needed by reward.cost", "write what a million tokens cost"]
 
 
 def test_an_outcome_is_a_name_or_a_mapping_with_its_scale(settle: Any) -> None:
