@@ -134,7 +134,7 @@ def summary(how: str, target: str, truth: float, evaluations: list[ope.Evaluatio
             "bias_se": round(float(errors.std() / len(kept) ** 0.5), 5),
             "coverage": round(float(covered.mean()), 4),
             "coverage_se": round(float((covered.mean() * (1 - covered.mean()) / len(kept)) ** 0.5), 4),
-            "mean_width": round(float(np.mean([2 * ope.Z * estimate.se for estimate in estimates])), 4),
+            "mean_width": round(float(np.mean([np.subtract(*estimate.interval[::-1]) for estimate in estimates])), 4),
         }
     return row
 

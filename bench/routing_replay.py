@@ -60,7 +60,7 @@ def replay(rewards: np.ndarray, scenario: Scenario, runs: int, seed: int) -> dic
     best = int(rewards.mean(0).argmax())
     seen = np.broadcast_to(np.asarray(scenario.seen, float), (k,))
     sums = np.zeros((3, runs, k))
-    totals = np.zeros((2, runs, k))  # undiscounted: how many rewards were seen, and their sum
+    totals = np.zeros((2, 2, runs, k))  # undiscounted: Σw and Σwr of the rewards seen; w = 1, and 1 / propensity
     weights = np.full((runs, k), 1.0 / k)
     regret, rows = np.zeros(runs), np.arange(runs)
     gone = np.full(runs, np.inf)
@@ -81,10 +81,13 @@ def replay(rewards: np.ndarray, scenario: Scenario, runs: int, seed: int) -> dic
         one = np.zeros((runs, k))
         one[rows, arm] = heard
         sums += np.stack([one, one * got[:, None], one * (got**2)[:, None]])
-        totals += np.stack([one, one * got[:, None]])
+        each = np.stack([one, one / np.maximum(weights, 1e-12)])
+        totals += np.stack([each, each * got[:, None]], axis=1)
         if scenario.drop and np.isfinite(gone).all():
             break
-    return {"regret": regret, "gone": gone, "n": totals[0], "s": totals[1]}
+    with np.errstate(invalid="ignore"):
+        plain, weighted = totals[:, 1] / totals[:, 0]  # an arm that was never heard has no average
+    return {"regret": regret, "gone": gone, "plain": plain, "weighted": weighted}
 
 
 def _weights(scenario: Scenario, sums: np.ndarray, chance: np.random.Generator, k: int) -> np.ndarray:
@@ -128,9 +131,11 @@ def measure(rewards: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - began, 1),
         }
         if "rates" in name:
-            with np.errstate(invalid="ignore"):
-                means = np.nanmean(result["s"] / result["n"], axis=0)
-            found[name]["bias"] = [round(float(b), 4) for b in means - rewards.mean(0)]
+            for estimate in ("weighted", "plain"):
+                off = result[estimate] - rewards.mean(0)
+                found[name][f"bias_{estimate}"] = [round(float(b), 4) for b in np.nanmean(off, axis=0)]
+                errors = np.nanstd(off, axis=0) / np.sqrt((~np.isnan(off)).sum(0))
+                found[name][f"bias_{estimate}_se"] = [round(float(e), 4) for e in errors]
             found[name]["rates"] = [round(r, 3) for r in rates]
     found["drop"] = drops(rewards, options, found["thompson"]["mean_regret"])
     return {
@@ -165,7 +170,7 @@ def bars(found: dict[str, Any], scale: float) -> list[dict[str, Any]]:
     fresh = found["thompson"]
     quick = [d for d in found["drop"] if d["times_the_regret_without_forgetting"] <= 2.0]
     left = min((d["median_prompts_until_left"] for d in quick), default=float("inf"))
-    bias = max(abs(b) for b in found["signal_rates_5_to_20_percent"]["bias"])
+    bias = max(abs(b) for b in found["signal_rates_5_to_20_percent"]["bias_weighted"])
     rows = [
         ("mean regret", fresh["mean_regret"], 8.5 * scale),
         ("p95 regret", fresh["p95_regret"], 16 * scale),
