@@ -19,9 +19,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 from msgspec.structs import replace
 
 from router.arms import Cell, Snapshot, Sums
+from router.calibrate import Calibration, calibrated, fit, metric_of
 from router.policy import Arm, Policy, Reward, Split
 from router.price import measured, priced
 from router.reward import Heard, session_reward
@@ -36,6 +38,7 @@ log = logging.getLogger("understudy.controller")
 
 LEASE_SECONDS = 4.0
 BATCH = 1000
+UNFIT_SECONDS = 30.0
 SLOWLY = 30.0
 """Seconds after which weights are computed again though no sum changed: evidence ages."""
 
@@ -82,6 +85,8 @@ class Controller:
         """Routes whose segments were said to be too many."""
         self._computed: dict[str, tuple[int, int, float]] = {}
         """By route: of which changes, to which version, in which span of time weights were last computed."""
+        self._fit_again: dict[str, float] = {}
+        """By route that has too few votes for a model: when to look again."""
         self._ripening: dict[float, tuple[int, float]] = {}
         """By window: beyond this mark no signal is old enough before this time, so there is nothing to look for."""
 
@@ -185,18 +190,21 @@ class Controller:
         current, changes = self._store.snapshot(route.name), self._store.changes(route.name)
         if current is not None and self._computed.get(route.name) == (changes, current.version, now // SLOWLY):
             return
-        new = self.snapshot(route, now, (current.version if current else 0) + 1)
+        new = self.snapshot(route, now, (current.version if current else 0) + 1, token)
         if current is None or _moved(current, new):
             self._store.publish(new, token)
             current = new
         self._computed[route.name] = changes, current.version, now // SLOWLY
 
-    def snapshot(self, route: RoutePlan, now: float, version: int) -> Snapshot:
+    def snapshot(self, route: RoutePlan, now: float, version: int, token: int) -> Snapshot:
         """What the sums say now."""
         policy = route.policy
         if isinstance(policy, Split):
             return replace(initial_snapshot(route, now), version=version)
         cells = self._store.sums(route.name)
+        calibration = self._calibration(route, cells, now, token)
+        if calibration is not None:
+            cells = calibrated(calibration, cells)
         full = policy.segment_by is not None and len({cell.segment for cell in cells}) >= policy.max_segments
         if full and route.name not in self._full:
             self._full.add(route.name)
@@ -204,6 +212,26 @@ class Controller:
         cost = priced(policy, route.arms, cells, now, route.reward)
         segments = shares(policy, route.arms, cells, now, cost.burdens)
         return Snapshot(route.name, version, now, policy.kind, policy.holdout, segments, full, cost.price)
+
+    def _calibration(self, route: RoutePlan, cells: Mapping[Cell, Sums], now: float, token: int) -> Calibration | None:
+        """The route's model of its votes, fitted anew if it is due; None while its reward is by fixed weights."""
+        if route.reward.mode == "fixed":
+            return None
+        last = calibration_of(self._store, route.name)
+        if last is not None and 0.0 <= now - last.at < route.reward.refit:
+            return last
+        if last is None and now < self._fit_again.get(route.name, 0.0) <= now + UNFIT_SECONDS:
+            return None
+        new = fit(cells, now, route.reward.min_votes)
+        if isinstance(new, str):
+            log.info("route %s: rewards are by fixed weights: %s", route.name, new)
+            self._fit_again[route.name] = now + UNFIT_SECONDS
+            return last
+        if last is None or new.version != last.version:
+            about = (route.name, new.version, new.votes, new.brier, new.baseline)
+            log.info("route %s: calibration %s from %d votes, squared error %.4f (of their mean: %.4f)", *about)
+        self._store.keep(f"calibration:{route.name}", msgspec.json.encode(new), token)
+        return new
 
 
 def by_session(sessions: Requests, signals: Iterable[Heard]) -> dict[Session, list[Heard]]:
@@ -239,8 +267,18 @@ def contribution(
     if reward is None:
         return newest + ripe, {}
     took = measured(plan.reward, plan.arms, (i for _, i in own if i.error is None))
-    beside = {reward.cell(metric): Sums(1.0, value, value * value) for metric, value in took.items()}
-    return newest + ripe, reward.contribution() | beside
+    cells = reward.contribution()
+    cells |= {reward.cell(metric): Sums(1.0, value, value * value) for metric, value in took.items()}
+    if plan.reward.mode == "calibrated":
+        good = reward.vote is not None and reward.vote > 0.5
+        cells[reward.cell(metric_of(reward.pattern))] = Sums(1.0, float(reward.vote not in (None, 0.5)), float(good))
+    return newest + ripe, cells
+
+
+def calibration_of(store: Store, route: str) -> Calibration | None:
+    """The route's model of its votes."""
+    body = store.kept(f"calibration:{route}")
+    return msgspec.json.decode(body, type=Calibration) if body else None
 
 
 def _moved(old: Snapshot, new: Snapshot) -> bool:

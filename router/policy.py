@@ -335,6 +335,13 @@ class Reward(Written):
         description="The business outcome that is a session's reward once it is known; until then signals are. "
         "Its name, or a mapping with its scale.",
     )
+    mode: Literal["fixed", "calibrated"] = Field(
+        "fixed",
+        description="fixed: signals have the weights written here. calibrated: behaviour counts as what it says of "
+        "the votes that other sessions gave, and votes correct that; fixed until there are enough votes.",
+    )
+    min_votes: int = Field(200, ge=50, description="Sessions with a vote to have before behaviour is calibrated.")
+    refit: PositiveDuration = Field(86400.0, description="How often it is calibrated anew.")
     cost: Cost | None = Field(None, description="Weigh what sessions cost against their reward; needs arms' prices.")
     latency: Latency | None = Field(None, description="Weigh how long answers take against the reward.")
 

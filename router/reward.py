@@ -42,6 +42,13 @@ class SessionReward:
     moved_by: Mapping[str, int]
     """How many signals of each kind counted."""
     segment: str = ""
+    vote: float | None = None
+    """What votes and outcomes alone say, in [0, 1]; None without any."""
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The kinds of behaviour that counted."""
+        return tuple(sorted(set(self.moved_by) - TWO_SIDED))
 
     def contribution(self) -> dict[Cell, Sums]:
         return {self.cell(): Sums(1.0, self.reward, self.reward**2)}
@@ -104,6 +111,7 @@ def session_reward(
     ripe = {_answer(signal, names) for seq, signal in signals if seq <= matured}
     evidence: dict[str, float] = {}
     outcomes: list[float] = []
+    votes: list[float] = []
     moved_by: dict[str, int] = {}
     for answer, _, signal in counted(signals, names):
         if signal.kind not in TWO_SIDED and (answer not in ripe or _happened(signal) > ends[answer] + terms.window):
@@ -114,15 +122,18 @@ def session_reward(
         if weight is not None and sign is not None:
             evidence[answer] = evidence.get(answer, 0.0) + weight * sign
             moved_by[signal.kind] = moved_by.get(signal.kind, 0) + 1
+            votes += [0.5 + 0.5 * sign] if signal.kind in TWO_SIDED else []
     first = answers[0]
-    if outcomes:
-        reward, heard, moved_by = sum(outcomes) / len(outcomes), len(outcomes), {"outcome": len(outcomes)}
+    vote = sum(outcomes or votes) / len(outcomes or votes) if outcomes or votes else None
+    if outcomes and vote is not None:
+        reward, heard = vote, len(outcomes)
+        moved_by = {kind: n for kind, n in moved_by.items() if kind not in TWO_SIDED} | {"outcome": heard}
     elif evidence:
         heard = len(evidence)
         reward = 0.5 + 0.5 * sum(max(-1.0, min(1.0, e)) for e in evidence.values()) / heard
     else:
         return None
-    return SessionReward(first.answerer.arm, first.at, reward, heard, moved_by, first.answerer.segment)
+    return SessionReward(first.answerer.arm, first.at, reward, heard, moved_by, first.answerer.segment, vote)
 
 
 def _answer(signal: Signal, answer_of: Mapping[str, str]) -> str | None:

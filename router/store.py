@@ -91,6 +91,11 @@ class Store(Protocol):
 
     def marked(self, name: str) -> int: ...
 
+    def keep(self, name: str, body: bytes, token: int) -> None:
+        """Keep what the controller learned, such as a model, until it keeps another under the same name."""
+
+    def kept(self, name: str) -> bytes | None: ...
+
     # What gateways read and write.
 
     def snapshot(self, route: str) -> Snapshot | None: ...

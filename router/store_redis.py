@@ -170,6 +170,16 @@ class RedisStore:
         with self._translated():
             return int(self._redis.get(f"understudy:{{controller}}:mark:{name}") or 0)
 
+    def keep(self, name: str, body: bytes, token: int) -> None:
+        keys = ["understudy:{controller}:lease", f"understudy:{{controller}}:kept:{name}"]
+        with self._translated():
+            _unfenced(self._mark(keys=keys, args=[token, body]), token)
+
+    def kept(self, name: str) -> bytes | None:
+        with self._translated():
+            body = self._redis.get(f"understudy:{{controller}}:kept:{name}")
+        return bytes(body) if body is not None else None
+
     def snapshot(self, route: str) -> Snapshot | None:
         with self._translated():
             body = self._redis.get(_k(route, "snapshot"))

@@ -42,7 +42,8 @@ MIGRATIONS = [
         PRIMARY KEY (route, segment, arm, bucket, metric)
     ) WITHOUT ROWID;
     INSERT INTO sums SELECT route, segment, arm, bucket, '', n, s, ss FROM old_sums;
-    DROP TABLE old_sums
+    DROP TABLE old_sums;
+    CREATE TABLE kept (name TEXT PRIMARY KEY, body BLOB NOT NULL)
     """,
 ]
 
@@ -145,6 +146,14 @@ class SqliteStore:
     def marked(self, name: str) -> int:
         row = self._one("SELECT value FROM marks WHERE name = ?", name)
         return int(row[0]) if row else 0
+
+    def keep(self, name: str, body: bytes, token: int) -> None:
+        with self._writing(token):
+            self._db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (name, body))
+
+    def kept(self, name: str) -> bytes | None:
+        row = self._one("SELECT body FROM kept WHERE name = ?", name)
+        return bytes(row[0]) if row else None
 
     def snapshot(self, route: str) -> Snapshot | None:
         row = self._one("SELECT body FROM snapshots WHERE route = ?", route)

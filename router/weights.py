@@ -22,6 +22,7 @@ from router.bandit import (
     with_caps,
     with_floor,
 )
+from router.calibrate import RESIDUAL, corrections
 from router.policy import Arm, Epsilon, Learned, Policy, Split, TopTwo
 
 AT_ONCE = 500
@@ -79,6 +80,10 @@ def beliefs(
         sessions = np.vstack([sums[0], np.zeros(len(heard))])[[first, *named]]
         means, sds, listed = means[[first, *named]], sds[[first, *named]], ["", *(segments[place] for place in named)]
     sessions, means, sds = (table[:, : len(arms)] for table in (sessions, means, sds))
+    if any(cell.metric == RESIDUAL for cell in cells):
+        _, errors = _tabulate(policy.model_copy(update={"segment_by": None}), list(arms), cells, now, RESIDUAL)
+        by, variance = (row[0] for row in corrections(*errors))
+        means, sds = np.clip(means + by, 0.0, 1.0), np.sqrt(sds**2 + variance)
     values = means - np.array([burdens.get(arm, 0.0) for arm in arms])
     parts = range(0, len(listed), AT_ONCE)
     best = np.vstack([probability_best(values[at : at + AT_ONCE], sds[at : at + AT_ONCE]) for at in parts])

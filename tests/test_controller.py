@@ -346,7 +346,7 @@ facts = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(rounds=st.lists(st.tuples(st.lists(facts, max_size=6), st.integers(-100, 700)), min_size=1, max_size=8))
 def test_what_was_counted_as_it_came_is_what_a_recount_makes(rounds: list[tuple[list[Fact], int]]) -> None:
     """Whatever comes in which order, wherever a round ends, and however the clock jumps."""

@@ -27,8 +27,10 @@ ONLY_IN = {
     "trl": ["learner/train.py", "understudy/demo/*"],
     "peft": ["learner/train.py", "understudy/demo/*"],
     "litellm": ["gateway/providers.py", "learner/judge.py"],
+    "sklearn": ["router/calibrate.py", "router/segments.py"],
+    "scipy": [],
 }
-HEAVY = ["litellm", "torch", "transformers", "trl", "peft", "vllm"]
+HEAVY = ["litellm", "torch", "transformers", "trl", "peft", "vllm", "sklearn", "scipy"]
 WRITTEN = {".py", ".js", ".css", ".html", ".lua", ".sql"}
 
 

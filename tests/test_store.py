@@ -174,6 +174,18 @@ def test_metrics_are_counted_beside_the_reward(store: Store) -> None:
     assert (found[Cell("", "a", 0)].n, found[Cell("", "a", 0, "cost")].s) == (0.0, pytest.approx(0.5))
 
 
+def test_what_was_learned_is_kept_by_name_and_only_by_the_controller(opened: Open) -> None:
+    store = opened()
+    t = token(store)
+    assert store.kept("model") is None
+    store.keep("model", b'{"a": 1}', t)
+    store.keep("model", b"\x00\xff", t)
+    assert (store.kept("model"), store.kept("other")) == (b"\x00\xff", None)
+    token(opened(), "two", NOW + 9)
+    with pytest.raises(Fenced):
+        store.keep("model", b"old", t)
+
+
 def test_a_file_of_an_older_version_keeps_its_sums(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     connect(path, "store", MIGRATIONS[:1]).close()
@@ -333,6 +345,8 @@ def test_redis_away_is_said_by_every_call_and_it_works_again_when_back() -> None
             lambda: store.sums("r"),
             lambda: store.snapshot("r"),
             lambda: store.marked("journal"),
+            lambda: store.keep("model", b"x", t),
+            lambda: store.kept("model"),
             lambda: store.assign([("r", "s", Choice("a", 1.0))], 60.0, NOW),
             lambda: store.recall("r", "s", NOW),
             lambda: store.put_key(new_key("acme", "app", NOW)[1]),

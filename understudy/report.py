@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from router.controller import RoutePlan, initial_snapshot
+from router.calibrate import calibrated
+from router.controller import RoutePlan, calibration_of, initial_snapshot
 from router.policy import Learned, Thompson
 from router.price import priced
 from router.store import Store
@@ -73,7 +74,9 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
     for plan in plans:
         snapshot = store.snapshot(plan.name) or initial_snapshot(plan, now)
         policy = plan.policy if isinstance(plan.policy, Learned) else Thompson(kind="thompson")
-        cells = store.sums(plan.name)
+        cells, model = store.sums(plan.name), calibration_of(store, plan.name)
+        if model is not None and plan.reward.mode == "calibrated":
+            cells = calibrated(model, cells)
         cost = priced(policy, plan.arms, cells, now, plan.reward)
         found = beliefs(policy, plan.arms, cells, now, cost.burdens)
         for segment in found.segments:
@@ -106,6 +109,17 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
                 }
                 rows.append(row | {"why": _why(row, policy, len(found.arms))})
     return rows
+
+
+def _reward(plan: RoutePlan, store: Store) -> str:
+    """How the route's reward is made, in words."""
+    if plan.reward.mode == "fixed":
+        return "by fixed weights"
+    model = calibration_of(store, plan.name)
+    if model is None:
+        return "by fixed weights, until there are votes enough to calibrate behaviour"
+    gain = 1.0 - model.brier / model.baseline if model.baseline else 0.0
+    return f"calibrated on {model.votes} votes (version {model.version}, explains {gain:.0%} of them)"
 
 
 def _why(row: Mapping[str, Any], policy: Learned, arms: int) -> str:
@@ -175,6 +189,7 @@ def status(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -
                 "segments": len(snapshot.segments) - 1 if snapshot else 0,
                 "segments_full": bool(snapshot and snapshot.full),
                 "price": snapshot.price if snapshot else None,
+                "reward": _reward(plan, store),
             }
         )
     return {

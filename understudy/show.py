@@ -81,6 +81,8 @@ def status(found: Mapping[str, Any]) -> None:
         if route["segments"]:
             full = "; [yellow]no more get weights of their own[/] (max_segments)" if route["segments_full"] else ""
             console.print(f"            {route['segments']} segments{full}")
+        if route["reward"] != "by fixed weights":
+            console.print(f"            rewards {escape(route['reward'])}")
         if route["price"]:
             console.print(f"            a unit of currency is worth {route['price']:.3g} of reward")
 
