@@ -1,6 +1,6 @@
 """How often the detectors are right: on generated sessions, on editors' real edits, on real users' next turns.
 
-    python bench/detectors.py --conversations FILE.jsonl --edits FOLDER --json      # about ten seconds
+    python bench/detectors.py --conversations FILE.jsonl --edits FOLDER --json      # a few seconds
     python bench/detectors.py --quick                                               # what needs no data
 
 regenerate, user_edit   Sessions made up with the truth known: turns, regenerations, edits of the last turn, and what
@@ -11,12 +11,13 @@ regenerate, user_edit   Sessions made up with the truth known: turns, regenerati
         only wording can speak, are reported by themselves; a word put in another's place looks like a template there.
 edit    Real edits (FOLDER/*.json: [{preedit, postedit}]) as turns that came back, against harmless reformattings of
         the same texts and of real answers: layout, Markdown, quotes, entities, reasoning, labels, cuts.
-rephrase    Adjacent user turns of FILE ({user, t, messages, response} a line), labelled by hand: labels/rephrase.json
-        has the rule. Only pairs with a label are counted. The pause is from request to request, for the
-        file does not say how long answers took. The wording rule was chosen on these very labels.
+rephrase    Adjacent user turns of FILE ({user, t, messages, response} a line), labelled by reading:
+        labels/rephrase.json has the rule and who read. Only pairs with a label are counted. The pause is from request
+        to request, for the file does not say how long answers took. The wording rule was chosen on these very labels.
 stop    Streams that users stopped, against all other ways to end.
 
-Intervals are Wilson's, 95 %. Left out: complaint and thanks, which have no labels; how well answers are matched.
+The reformattings, and what undoes them, were written side by side. Intervals are Wilson's, 95 %. Left out: complaint
+and thanks, which have no labels; how well answers are matched.
 """
 
 from __future__ import annotations

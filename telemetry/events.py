@@ -34,6 +34,13 @@ SIGNAL_KINDS = frozenset(
         "first_action",
         "escalation",
         "outcome",
+        "user_edit",
+        "rephrase",
+        "complaint",
+        "thanks",
+        "stop",
+        "poll",
+        "session_length",
     ]
 )
 
