@@ -1,6 +1,6 @@
 """Does off-policy evaluation tell the truth? Coverage of its intervals and errors of its estimators, on real rewards.
 
-    python bench/ope_coverage.py DATA.jsonl              # 1,000 logs of each logging policy, about a minute and a half
+    python bench/ope_coverage.py DATA.jsonl              # 1,000 logs of each logging policy, some ten seconds
     python bench/ope_coverage.py DATA.jsonl --quick --json
 
 DATA has a prompt a line with the reward in [0, 1] of every arm: {"source": S, "arms": {NAME: {"reward": r}, …}}. A log
@@ -13,7 +13,9 @@ far, so that one decision's propensity depends on earlier rewards; and `skewed`,
 15 %, 5 %, … Both keep the floor (2 %) and the holdout (5 %) of the default policy. Targets: each arm alone, even
 shares, and the arm that is best for each source ("by_source", a policy that looks at the session). DR's reward model
 is that of `understudy ope`, per source and arm, cross-fitted. Logs whose effective sample size is below 100 are
-refused, as the command refuses them; they are counted, and left out of coverage and errors.
+refused, as the command refuses them; they are counted, and left out of coverage and errors. Beware of an adaptive log's
+target most of whose logs are refused: the policy drew that arm often where it happened to look good, so the logs that
+are answered flatter it, and no interval made from one of them alone can know.
 
 Beside each rate and error stands its Monte Carlo standard error. Left out: rewards that come late or for some
 sessions only, drift, more arms than DATA has, features (`predict` takes them; the command has none).

@@ -32,7 +32,7 @@ from router.weights import shares
 from telemetry.errors import Fenced, StateError
 from telemetry.events import Fact, Interaction, Signal
 from telemetry.journal import Journal
-from telemetry.signals import regenerated
+from telemetry.signals import Rules, after_silence, heard_from
 
 log = logging.getLogger("understudy.controller")
 
@@ -68,6 +68,11 @@ class Ripened:
     signals: list[tuple[int, Signal]]
 
 
+def rules(terms: Reward) -> Rules:
+    """What detectors go by on a route."""
+    return Rules(silence=terms.window, escalation_tools=frozenset(terms.escalation_tools))
+
+
 def matured(window: float) -> str:
     """The name of the mark up to which signals have waited for `window` seconds."""
     return f"matured:{window:g}"
@@ -78,6 +83,7 @@ class Controller:
 
     def __init__(self, routes: Iterable[RoutePlan], journal: Journal, store: Store, owner: str) -> None:
         self.routes = {route.name: route for route in routes}
+        self._rules = {name: rules(plan.reward) for name, plan in self.routes.items()}
         self._journal = journal
         self._store = store
         self._owner = owner
@@ -125,7 +131,7 @@ class Controller:
         new = {seq: fact for one in ripened for seq, fact in one.signals} | dict(facts)
         if new:
             sessions = self._journal.sessions(self._touched(new.values()), new)
-            heard = self._hear([fact for _, fact in facts if isinstance(fact, Interaction)], sessions)
+            heard = self._hear([fact for _, fact in facts if isinstance(fact, Interaction)], sessions, now)
             self._settle(sessions, {one.window: one.mark for one in ripened}, lease.token)
         for route in self.routes.values():
             self._publish(route, now, lease.token)
@@ -161,17 +167,24 @@ class Controller:
             sessions.update({(i.tenant, i.session): None for i in about})
         return list(sessions)
 
-    def _hear(self, new: Iterable[Interaction], sessions: Requests) -> int:
-        """Journal the signals that new requests give about earlier answers; how many there were."""
-        heard = []
+    def _hear(self, new: Iterable[Interaction], sessions: Requests, now: float) -> int:
+        """Journal what requests and silence tell about answers; how many signals there were."""
+        heard: dict[str, Signal] = {}
         for fact in new:
-            earlier = [i for _, i in sessions[fact.tenant, fact.session] if i.route == fact.route]
-            signal = regenerated(earlier, fact)
-            if signal is not None and not self._journal.has_signal(signal.event_id):
-                heard.append(signal)
-        if heard:
-            self._journal.append(heard)
-        return len(heard)
+            if fact.route in self.routes:
+                before = [
+                    i for _, i in sessions[fact.tenant, fact.session] if i.route == fact.route and i.at <= fact.at
+                ]
+                heard |= {s.event_id: s for s in heard_from(before, fact, self._rules[fact.route])}
+        for requests in sessions.values():
+            for name in {i.route for _, i in requests} & self.routes.keys():
+                own = [i for _, i in requests if i.route == name]
+                ended = after_silence(own, now, self._rules[name])
+                heard |= {s.event_id: s for s in ended if s.kind == "abandon"}  # a length is counted when asked for
+        fresh = [s for s in heard.values() if s.kind == "poll" or not self._journal.has_signal(s.event_id)]
+        if fresh:
+            self._journal.append(fresh)
+        return len(fresh)
 
     def _settle(self, sessions: Requests, marks: Mapping[float, int], token: int) -> None:
         """Bring the sessions' contributions to each route's sums up to date."""

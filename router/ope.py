@@ -17,13 +17,14 @@ a martingale's differences, and since no arm's share falls below the floor their
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from router.bandit import PRIOR_VARIANCE, PRIOR_VARIANCE_MASS, Floats, unit_hash
+from router.bandit import Floats, unit_hash
 
 MIN_ESS = 100.0
 """Below this effective sample size there are too few comparable sessions to say anything."""
@@ -38,14 +39,14 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean reward (or a difference of two), its standard error and the 95 % interval (normal)."""
+    """A mean reward (or a difference of two), its standard error and the 95 % interval (see `_estimate`)."""
 
     value: float
     se: float
+    interval: tuple[float, float]
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        return self.value - Z * self.se, self.value + Z * self.se
+
+UNKNOWN = Estimate(0.0, math.inf, (-math.inf, math.inf))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,9 @@ class Evaluation:
     ess: float
     """Kish's effective sample size (Σw)² / Σw²: how many sessions of the policy's own these are worth."""
     largest_weight: float
-    mean_weight: Estimate
+    mean_weight: float
     """Should be 1; see `suspect`."""
+    mean_weight_se: float
     logged: Estimate
     """What the logging policy earned in the same sessions."""
     ips: Estimate
@@ -75,7 +77,7 @@ class Evaluation:
     @property
     def suspect(self) -> bool:
         """The weights do not average 1: an arm could not be drawn at times, or is judged more often than others."""
-        return abs(self.mean_weight.value - 1.0) > max(3.0 * self.mean_weight.se, 0.02)
+        return abs(self.mean_weight - 1.0) > max(3.0 * self.mean_weight_se, 0.02)
 
 
 def evaluate(
@@ -98,25 +100,28 @@ def evaluate(
     total = float(w.sum())
     ess = total**2 / float((w * w).sum()) if total else 0.0
     mean = float((w * r).sum()) / total if total else 0.0
+    around = mean + w * (r - mean) / max(float(w.mean()), 1e-300)  # SNIPS, linearised
     found = Evaluation(
         sessions=len(a),
         ess=ess,
         largest_weight=float(w.max()),
-        mean_weight=Estimate(float(w.mean()), _plain_error(w)),
+        mean_weight=float(w.mean()),
+        mean_weight_se=_plain_error(w),
         logged=_estimate(r, float(len(a))),
         ips=_estimate(w * r, ess),
-        snips=Estimate(mean, _estimate(w * (r - mean) / max(float(w.mean()), 1e-300), ess).se),
+        snips=_estimate(around, ess),
     )
     if predictions is None:
         return found
     q = _table("predictions", predictions, a)
     model, rest = (pi * q).sum(1), w * (r - q[row, a])
     cut = switch_at(w, model, rest)
+    dr = _estimate(model + rest, ess)
     return replace(
         found,
-        dr=_estimate(model + rest, ess),
+        dr=dr,
         switch_dr=_estimate(model + np.where(w <= cut, rest, 0.0), ess),
-        gain=_estimate(model + rest - r, ess),
+        gain=_difference(dr, found.logged, _correlation(model + rest, r)),
         switched_at=None if np.isinf(cut) else cut,
     )
 
@@ -153,19 +158,21 @@ def predict(
     names = segments if segments is not None else [""] * len(a)
     if not len(fold) == len(names) == len(a):
         raise ValueError(f"{len(a)} sessions, {len(fold)} folds, {len(names)} segments: must be as many")
-    place = np.unique(np.asarray(names), return_inverse=True)[1]
-    sized = (int(fold.max()) + 1, int(place.max()) + 1, k)
+    row = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    place = np.array([row[name] for name in names], np.int64)
+    sized = (int(fold.max()) + 1, len(row), k)
     cell = np.ravel_multi_index((fold, place, a), sized)
     counts, sums = (np.bincount(cell, x, int(np.prod(sized))).reshape(sized) for x in (np.ones(len(a)), r))
     n, s = counts.sum(0) - counts, sums.sum(0) - sums  # of the other folds
     overall = (s.sum((1, 2)) + 0.5) / (n.sum((1, 2)) + 1.0)
     by_arm = (s.sum(1) + SEGMENT_MASS * overall[:, None]) / (n.sum(1) + SEGMENT_MASS)
-    guess = ((s + SEGMENT_MASS * by_arm[:, None]) / (n + SEGMENT_MASS))[fold, place]
+    means = (s + SEGMENT_MASS * by_arm[:, None]) / (n + SEGMENT_MASS)
+    guess = means[fold, place]
     if features is not None:
         x = np.asarray(features, float).reshape(len(a), -1)
         if not np.isfinite(x).all():
             raise ValueError(f"features[{np.argwhere(~np.isfinite(x))[0][0]}] is not a finite number")
-        guess = guess + _ridge(x, r - guess[np.arange(len(a)), a], a, fold, k)
+        guess = guess + _ridge(x, r, a, fold, means[:, place])
     return np.asarray(np.clip(guess, 0.0, 1.0))
 
 
@@ -174,34 +181,71 @@ def folds_of(sessions: Sequence[str], folds: int = FOLDS) -> Ints:
     return np.array([int(unit_hash("fold", session) * folds) for session in sessions], np.int64)
 
 
-def _ridge(x: Floats, left: Floats, arm: Ints, fold: Ints, k: int) -> Floats:
-    """What features add to each arm's guess [n, K]; ridge on standardised features (Hoerl & Kennard 1970)."""
+def _ridge(x: Floats, r: Floats, arm: Ints, fold: Ints, means: Floats) -> Floats:
+    """What features [n, d] add to each arm's guess [n, K]; ridge on standardised features (Hoerl & Kennard 1970).
+
+    `means` [folds, n, K]: each session's guesses, made without the sessions of each fold. A fold's slopes come from
+    what its own leave over in the others, so that none of its rewards has a way back to it.
+    """
     x = np.column_stack([np.ones(len(x)), (x - x.mean(0)) / np.maximum(x.std(0), 1e-12)])
-    added = np.zeros((len(x), k))
+    added = np.zeros((len(x), means.shape[2]))
     for f in np.unique(fold):
-        for j in range(k):
+        for j in range(means.shape[2]):
             here = (fold != f) & (arm == j)
-            xs = x[here]
-            slope = np.linalg.solve(xs.T @ xs + RIDGE * np.eye(x.shape[1]), xs.T @ left[here])
+            xs, left = x[here], r[here] - means[f, here, j]
+            slope = np.linalg.solve(xs.T @ xs + RIDGE * np.eye(x.shape[1]), xs.T @ left)
             added[fold == f, j] = x[fold == f] @ slope
     return added
 
 
 def _estimate(terms: Floats, ess: float) -> Estimate:
-    """The mean of `terms` with an error that heavy tails and few comparable sessions do not flatter.
+    """The mean of `terms` with an interval that heavy tails and few comparable sessions do not flatter.
 
     The sample variance rests on as many terms as Kish's formula gives for their squared deviations; with m of them
-    it is known to a factor of about 1 + 2/m, Student's variance, by which it is raised. What it says of one
-    comparable session, se² · ESS, is then shrunk towards a coin's by one session, as in the bandit: an arm that was
-    seldom drawn may yet show the reward that it did not show in the log.
+    it is known to a factor of about 1 + 2/m, Student's variance, by which it is raised. The interval is then one of
+    scores (Wilson 1927, "Probable inference, the law of succession, and statistical inference"), each end as far off
+    as `_reach` says: sessions that were seldom drawn may yet show a 0 or a 1 that they did not show in the log.
     """
     value, squares = float(terms.mean()), (terms - terms.mean()) ** 2
     if len(terms) < 2 or ess <= 0.0:
-        return Estimate(value, float("inf"))
+        return replace(UNKNOWN, value=value)
     tails = 1.0 + 2.0 * float((squares * squares).sum()) / max(float(squares.sum()) ** 2, 1e-300)
-    one = _plain_error(terms) ** 2 * tails * ess
-    variance = (ess * one + PRIOR_VARIANCE_MASS * PRIOR_VARIANCE) / (ess + PRIOR_VARIANCE_MASS)
-    return Estimate(value, float(np.sqrt(variance / ess)))
+    se = _plain_error(terms) * math.sqrt(tails)
+    return Estimate(value, se, (value - _reach(se, ess, value), value + _reach(se, ess, 1.0 - value)))
+
+
+def _reach(se: float, ess: float, room: float) -> float:
+    """How far off the truth may lie in a direction in which it cannot be farther off than `room`.
+
+    At a distance d, a share x = d / room of the policy's sessions would bring the utmost and have gone unseen; then
+    one session's variance is (1 - x)(se² ESS + d room), and d is in the interval while d² ≤ Z² of that / ESS. With
+    rewards of 0 and 1 this is Wilson's interval; if all were alike it still leaves d = Z² room / (ESS + Z²).
+    """
+    if room <= 1e-12:
+        return 0.0
+    c = Z * Z / ess
+    half = c * (room - se * se * ess / room) / 2.0
+    root = math.sqrt(half * half + (1.0 + c) * (Z * se) ** 2)
+    return (half + root) / (1.0 + c) if half > 0.0 else (Z * se) ** 2 / (root - half)
+
+
+def _difference(a: Estimate, b: Estimate, correlation: float) -> Estimate:
+    """a - b, its interval made from theirs (Zou & Donner 2008, "Construction of confidence limits about effect
+    measures: a general approach")."""
+
+    def apart(of_a: float, of_b: float) -> float:
+        return math.sqrt(max(0.0, of_a**2 + of_b**2 - 2.0 * correlation * of_a * of_b))
+
+    value, (low, high), (least, most) = a.value - b.value, a.interval, b.interval
+    if not math.isfinite(a.se + b.se):
+        return replace(UNKNOWN, value=value)
+    ends = value - apart(a.value - low, most - b.value), value + apart(high - a.value, b.value - least)
+    return Estimate(value, apart(a.se, b.se), ends)
+
+
+def _correlation(x: Floats, y: Floats) -> float:
+    spread = float(x.std() * y.std())
+    return float(((x - x.mean()) * (y - y.mean())).mean()) / spread if spread > 0.0 else 0.0
 
 
 def _plain_error(terms: Floats) -> float:

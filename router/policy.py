@@ -110,6 +110,11 @@ DEFAULT_SIGNALS: dict[str, float] = FrozenDict(
         "flag": -1.0,
         "regenerate": -0.6,
         "retry": -0.6,
+        "user_edit": -0.3,
+        "rephrase": -0.4,
+        "complaint": -0.6,
+        "thanks": 0.5,
+        "stop": -0.3,
         "abandon": -0.3,
         "escalation": -0.6,
     }
@@ -334,6 +339,9 @@ class Reward(Written):
         None,
         description="The business outcome that is a session's reward once it is known; until then signals are. "
         "Its name, or a mapping with its scale.",
+    )
+    escalation_tools: tuple[Text, ...] = Field(
+        (), description="Tools by which a model hands over to a person; a call of one is an escalation."
     )
     mode: Literal["fixed", "calibrated"] = Field(
         "fixed",

@@ -1,6 +1,6 @@
 """From what a session's users did to one number in [0, 1], or to none. Pure.
 
-Each answer's evidence is the sum of weight x score over the kinds of signal that it got, cut to [-1, 1]; a
+Each answer's evidence is the sum of weight x score x confidence over the signals that it got, cut to [-1, 1]; a
 session's reward is 0.5 + 0.5 x the mean over the answers that have evidence. An answer nobody reacted to is not
 a zero: it is not counted at all. Once the route's business outcome is known, it alone is the reward.
 
@@ -69,7 +69,7 @@ def score(signal: Signal) -> float | None:
             return 1.0 if signal.value else -1.0
         case "rating":
             return None if signal.value is None else (signal.value - 3.0) / 2.0
-        case "comparison" | "comment" | "survey" | "outcome" | "dwell" | "first_action":
+        case "comparison" | "comment" | "survey" | "outcome" | "dwell" | "first_action" | "poll" | "session_length":
             return None
         case _:
             return 1.0
@@ -120,7 +120,7 @@ def session_reward(
             outcomes.append(result)
         weight, sign = terms.signals.get(signal.kind), score(signal)
         if weight is not None and sign is not None:
-            evidence[answer] = evidence.get(answer, 0.0) + weight * sign
+            evidence[answer] = evidence.get(answer, 0.0) + weight * sign * signal.confidence
             moved_by[signal.kind] = moved_by.get(signal.kind, 0) + 1
             votes += [0.5 + 0.5 * sign] if signal.kind in TWO_SIDED else []
     first = answers[0]

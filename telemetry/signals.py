@@ -80,11 +80,15 @@ def detect(
     return found
 
 
-def regenerated(earlier: Sequence[Interaction], new: Interaction) -> Signal | None:
-    """The same input sent again in the same session: the user wants another answer than the last one to it."""
-    same = [i for i in earlier if i.input_hash == new.input_hash and i.at <= new.at and i.event_id != new.event_id]
-    found = detect(same[-1], new) if same and new.input_hash else []
-    return next((signal for signal in found if signal.kind == "regenerate"), None)
+def heard_from(session: Sequence[Interaction], new: Interaction, rules: Rules = RULES) -> list[Signal]:
+    """`detect` for a request that names no answer: it follows on the last one to the same input, or on the last one.
+
+    `session`: its requests, oldest first.
+    """
+    before = [i for i in session if i.event_id != new.event_id and i.at <= new.at]
+    same = [i for i in before if new.input_hash is not None and i.input_hash == new.input_hash]
+    earlier = same[-1] if same else before[-1] if before else None
+    return detect(earlier, new, before, rules)
 
 
 def _may_judge(new: Interaction, earlier: Interaction) -> bool:
@@ -216,7 +220,7 @@ def after_silence(session: Sequence[Interaction], now: float, rules: Rules = RUL
     length = Signal(
         event_id=f"{SESSION_LENGTH}:{last.tenant}:{last.session}",
         at=_end(last),
-        received_at=now,
+        received_at=_end(last) + rules.silence,
         kind="session_length",
         tenant=last.tenant,
         session=last.session,

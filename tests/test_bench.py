@@ -67,6 +67,30 @@ def test_rollback_simulation_reports_rates_with_their_errors_and_medians_beside_
     assert all({"median", "low", "high"} <= set(one) for one in found["caught"].values())
 
 
+def test_ope_coverage_says_how_far_each_bar_is_met(tmp_path: Path) -> None:
+    data = tmp_path / "rewards.jsonl"
+    rows = (
+        {"source": "ab"[n % 2], "arms": {"x": {"reward": n % 3 / 2}, "y": {"reward": n % 5 / 4}, "z": {"reward": 0.3}}}
+        for n in range(300)
+    )
+    data.write_text("\n".join(map(json.dumps, rows)))
+    done = run("ope_coverage.py", str(data), "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {row["logged_by"] for row in found["pairs"]} == {"adaptive", "skewed"}
+    assert {row["target"] for row in found["pairs"]} == {"only x", "only y", "only z", "even", "by_source"}
+    assert all(row["answered"] + row["refused"] == found["data"]["runs"] for row in found["pairs"])
+    assert {"what", "value", "se", "bar", "met"} == set(found["bars"][0])
+
+
+def test_ope_coverage_names_a_bad_line(tmp_path: Path) -> None:
+    data = tmp_path / "rewards.jsonl"
+    data.write_text('{"arms": {"a": {"reward": 1}, "b": {"reward": 0}}}\n{"arms": {"a": {"reward": 1}}}\n')
+    done = run("ope_coverage.py", str(data))
+    assert done.returncode == 1
+    assert f"{data}:2:" in done.stderr
+
+
 def test_router_cost_says_how_far_each_bar_is_met() -> None:
     done = run("router_cost.py", "--quick", "--json")
     assert done.returncode == 0, done.stderr

@@ -18,9 +18,13 @@ from router.policy import Reward
 from router.reward import Heard, SessionReward, counted, score
 from telemetry.events import SIGNAL_KINDS, Answerer, Interaction, Signal
 from telemetry.journal import Journal
-from telemetry.signals import regenerated
+from telemetry.signals import heard_from
 
 WEIGHTS = {"thumb": 1.0, "rating": 0.8, "copy": 0.3, "regenerate": -0.4, "escalation": -1.0}
+
+
+def regenerated(earlier: Sequence[Interaction], new: Interaction) -> Signal | None:
+    return next((s for s in heard_from(earlier, new) if s.kind == "regenerate"), None)
 
 
 def session_reward(

@@ -448,8 +448,8 @@ DURATION = ("not a duration", 'write one like "500ms", "30s", "10m", "1h" or "7d
         ("    reward: {signals: {thumbs: 1}}\n", "reward.signals.thumbs", "unknown signal",
          'did you mean "thumb"?'),
         ("    reward: {signals: {zzz: 1}}\n", "reward.signals.zzz", "unknown signal",
-         "the kinds are thumb, rating, copy, accept, edit, correction, flag, regenerate, retry, abandon, "
-         "escalation"),
+         "the kinds are thumb, rating, copy, accept, edit, correction, flag, regenerate, retry, user_edit, rephrase, "
+         "complaint, thanks, stop, abandon, escalation"),
         ("    reward: {signals: {thumb: 2}}\n", "reward.signals.thumb", "must be at most 1", "lower it"),
         ("    reward: {signals: [thumb]}\n", "reward.signals", *MAPPING),
         ("    policy: {kind: thomson}\n", "policy.kind", "must be thompson, top_two, epsilon or split",

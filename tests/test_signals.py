@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetry.events import SIGNAL_KINDS, Answerer, Interaction, Signal
-from telemetry.signals import RULES, Rules, after_silence, detect, regenerated
+from telemetry.signals import RULES, Rules, after_silence, detect, heard_from
 from telemetry.tone import tone
 from telemetry.wording import canonical, cut_from, grams, likeness, prose, said_again, turns
 
@@ -117,12 +117,13 @@ def test_impatient_users_are_no_pollers() -> None:
     assert [kinds(one) for one in heard] == [["regenerate"]] * 4
 
 
-def test_what_the_controller_asks_for_today_still_answers() -> None:
-    again = interaction("again", 30.0, FIRST.messages, input_hash="h1")
-    signal = regenerated([FIRST], again)
-    assert signal is not None
-    assert signal.response_id == "r-first"
-    assert regenerated([FIRST], turn("And then?")) is None
+def test_a_request_follows_on_the_last_one_to_the_same_input_or_on_the_last_one() -> None:
+    between = turn("And then?")
+    again = interaction("again", between.at + 300.0, FIRST.messages, input_hash="h1")
+    (signal,) = heard_from([FIRST, between], again)
+    assert (signal.kind, signal.response_id) == ("regenerate", "r-first")
+    assert heard_from([FIRST, between, again], between) == []
+    assert heard_from([], FIRST) == []
 
 
 # Another last turn.

@@ -118,10 +118,15 @@ def _add_ope(commands: Any) -> None:
         description=f"{help} A split has its written shares. A policy that learns is replayed: in each session, the "
         "weights that it would have published at its start from the rewards known by then (those that the served "
         "sessions brought, not those that its own would have), floor and holdout included.",
+        epilog='FILE holds for example "policy: {kind: split, shares: {champion: 0.5, challenger: 0.5}}".',
     )
     ope.set_defaults(run=_ope)
-    ope.add_argument("--policy", type=Path, required=True, help="a YAML file with `policy:`, as under a route")
-    ope.add_argument("--since", type=_span, default="7d", help="sessions that began in this time (default: 7d)")
+    ope.add_argument(
+        "--policy", type=Path, required=True, metavar="FILE", help="a YAML file with `policy:`, as under a route"
+    )
+    ope.add_argument(
+        "--since", type=_span, default="7d", metavar="SPAN", help="sessions that began in this time (default: 7d)"
+    )
     ope.add_argument("--route", help="needed where the config has several")
     _config_option(ope)
     _json_option(ope)
@@ -237,7 +242,8 @@ def _ope(arguments: Arguments) -> int:
     policy = ope.load_policy(arguments.policy, settings.routes[name])
     plan = next(plan for plan in route_plans(settings) if plan.name == name)
     try:
-        found = ope.examine(plan, policy, Journal(settings.journal_path), time.time() - arguments.since)
+        now = time.time()
+        found = ope.examine(plan, policy, Journal(settings.journal_path), now - arguments.since, now)
     except ValueError as error:
         print(f"understudy: the journal cannot be evaluated: {error}", file=sys.stderr)
         return 1

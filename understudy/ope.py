@@ -11,22 +11,24 @@ brought, not those that this one's would have.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from sys import intern
 from typing import Any
 
+import msgspec
 import numpy as np
 from pydantic import Field, ValidationError
 
 from router.arms import Cell, Sums
 from router.bandit import Floats, bucket_of
 from router.controller import RoutePlan, by_session
-from router.ope import MIN_ESS, Estimate, Evaluation, evaluate, folds_of, predict
+from router.ope import MIN_ESS, UNKNOWN, Estimate, Evaluation, evaluate, folds_of, predict
 from router.policy import Arm, Learned, Policy, Split, Written
-from router.reward import session_reward
+from router.reward import TWO_SIDED, Heard, session_reward
 from router.store import session_key
 from router.weights import shares
-from telemetry.events import Interaction
+from telemetry.events import Fact, Interaction, Signal
 from telemetry.journal import Journal
 from understudy.config_text import ConfigError, problems_of, read
 from understudy.settings import Route
@@ -47,14 +49,16 @@ class PolicyFile(Written):
     policy: Policy = Field(description="The policy to evaluate, as under a route.")
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A session with a reward, as it was drawn first."""
+class Judged(msgspec.Struct, frozen=True, gc=False):
+    """A session with a reward, as it was drawn first.
+
+    Not the garbage collector's, which would look through a million of these again and again.
+    """
 
     key: str
     at: float
     known: float
-    """When the last signal about it came."""
+    """When the last signal about it counted."""
     arm: str
     propensity: float
     reward: float
@@ -84,13 +88,13 @@ def load_policy(path: Path, route: Route) -> Policy:
     return written.policy
 
 
-def examine(plan: RoutePlan, policy: Policy, journal: Journal, since: float) -> dict[str, Any]:
-    """What `policy` would have earned on the route in the sessions that began since then (Unix seconds).
+def examine(plan: RoutePlan, policy: Policy, journal: Journal, since: float, now: float) -> dict[str, Any]:
+    """What `policy` would have earned on the route in the sessions that began since then (both Unix seconds).
 
     `estimates` and `gain` are None where they are refused. Raises ValueError where a logged propensity is none.
     """
     lookback = EVIDENCE_HALF_LIVES * policy.half_life if isinstance(policy, Learned) else 0.0
-    evidence = sorted(judged(journal, plan, since - lookback), key=lambda one: (one.at, one.key))
+    evidence = sorted(judged(journal, plan, since - lookback, now), key=lambda one: (one.at, one.key))
     sessions = [one for one in evidence if one.at >= since]
     arms = list(dict.fromkeys([*plan.arms, *(one.arm for one in sessions)]))
     target = probabilities(policy, plan.arms, evidence, sessions, len(arms))
@@ -99,8 +103,7 @@ def examine(plan: RoutePlan, policy: Policy, journal: Journal, since: float) -> 
     found = _evaluated(drawn, target, sessions) if sessions else None
     refused = _refusal(found, arms, drawn, target)
     if found is None:
-        unknown = Estimate(0.0, float("inf"))
-        found = Evaluation(0, 0.0, 0.0, unknown, unknown, unknown, unknown)
+        found = Evaluation(0, 0.0, 0.0, 0.0, 0.0, UNKNOWN, UNKNOWN, UNKNOWN)
     estimates = {"dr": found.dr, "switch_dr": found.switch_dr, "snips": found.snips, "ips": found.ips}
     return {
         "route": plan.name,
@@ -109,7 +112,7 @@ def examine(plan: RoutePlan, policy: Policy, journal: Journal, since: float) -> 
         "sessions": found.sessions,
         "ess": found.ess,
         "largest_weight": found.largest_weight,
-        "mean_weight": found.mean_weight.value,
+        "mean_weight": found.mean_weight,
         "logged": _shown(found.logged),
         "estimates": None if refused else {name: _shown(one) for name, one in estimates.items() if one},
         "gain": None if refused or not found.gain else _shown(found.gain),
@@ -124,41 +127,50 @@ def examine(plan: RoutePlan, policy: Policy, journal: Journal, since: float) -> 
         ],
         "refused": refused,
         "verdict": refused or _verdict(found),
-        "notes": _notes(found),
+        "notes": [] if refused else _notes(found),
     }
 
 
-def judged(journal: Journal, plan: RoutePlan, since: float) -> Iterator[Judged]:
-    """Each session of the route that began since then and has a reward."""
-    seen: set[tuple[str, str]] = set()
+def judged(journal: Journal, plan: RoutePlan, since: float, now: float) -> Iterator[Judged]:
+    """Each session of the route that began since then and has a reward now: behaviour counts once it has waited."""
+    seen: set[str] = set()
     for page in _pages(journal, since):
-        keys = dict.fromkeys((i.tenant, i.session) for i in page if i.route == plan.name)
-        sessions = journal.sessions(keys.keys() - seen, {})
-        seen |= keys.keys()
+        requests = [i for i in page.values() if isinstance(i, Interaction) and i.route == plan.name]
+        names = {(i.tenant, i.session): session_key(i.tenant, i.session) for i in requests}
+        sessions = journal.sessions([key for key, name in names.items() if name not in seen], page)
+        seen.update(names.values())
         signals = journal.signals_about(i for rows in sessions.values() for _, i in rows)
-        heard = by_session(sessions, signals)
-        for key, rows in sessions.items():
-            about = heard.get(key, [])
-            here = [i for _, i in rows if i.route == plan.name]
-            reward = session_reward(here, about, plan.reward) if about else None
+        for key, about in by_session(sessions, signals).items():
+            here = [i for _, i in sessions[key] if i.route == plan.name]
+            reward = session_reward(here, about, plan.reward, _ripe(about, now - plan.reward.window))
             if reward is not None and reward.at >= since:
                 first = next(i for i in here if (i.at, i.answerer.arm) == (reward.at, reward.arm))
                 if not 0.0 < first.answerer.propensity <= 1.0 + 1e-9:
                     raise ValueError(f"session {first.session}: a logged propensity of {first.answerer.propensity:g}")
-                known = max(s.received_at or s.at for _, s in about)
+                last = max(_heard(s) for _, s in about)
+                waited = any(s.kind not in TWO_SIDED for _, s in about) * plan.reward.window
                 yield Judged(
-                    session_key(*key), reward.at, max(known, reward.at), reward.arm, first.answerer.propensity,
-                    reward.reward, first.task_type or "", first.tenant,
+                    names[key], reward.at, max(last + waited, reward.at), intern(reward.arm), first.answerer.propensity,
+                    reward.reward, intern(first.task_type or ""), intern(first.tenant),
                 )  # fmt: skip
 
 
-def _pages(journal: Journal, since: float) -> Iterator[list[Interaction]]:
-    """The requests not older than `since`, newest page first; facts come nearly in the order of their times."""
+def _ripe(signals: Sequence[Heard], until: float) -> int:
+    """The sequence number up to which signals were there by `until`."""
+    return max((seq for seq, signal in signals if _heard(signal) <= until), default=0)
+
+
+def _heard(signal: Signal) -> float:
+    return signal.received_at or signal.at
+
+
+def _pages(journal: Journal, since: float) -> Iterator[dict[int, Fact]]:
+    """The facts not older than `since`, newest page first; they come nearly in the order of their times."""
     end = journal.last()
     while end > 0:
-        rows = [fact for seq, fact in journal.read(max(0, end - PAGE), PAGE) if seq <= end]
-        fresh = [fact for fact in rows if fact.at >= since]
-        yield [fact for fact in fresh if isinstance(fact, Interaction)]
+        rows = [(seq, fact) for seq, fact in journal.read(max(0, end - PAGE), PAGE) if seq <= end]
+        fresh = {seq: fact for seq, fact in rows if fact.at >= since}
+        yield fresh
         if len(fresh) < len(rows) / 2:
             return
         end -= PAGE
@@ -229,12 +241,10 @@ def _notes(found: Evaluation) -> list[str]:
     if not (found.sessions > 1 and found.suspect):
         return []
     return [
-        f"The weights average {found.mean_weight.value:.2f} instead of 1: an arm could not be drawn all the time, or "
+        f"The weights average {found.mean_weight:.2f} instead of 1: an arm could not be drawn all the time, or "
         "is judged more often than another. Trust DR more than SNIPS, and IPS not at all."
     ]
 
 
 def _shown(estimate: Estimate) -> dict[str, Any] | None:
-    if not np.isfinite(estimate.se):
-        return None
-    return asdict(estimate) | {"interval": list(estimate.interval)}
+    return asdict(estimate) if np.isfinite(estimate.se) else None
