@@ -97,10 +97,10 @@ class Pseudonyms:
     """Keyed hashes: equal names of one tenant stay equal, and nobody without the key can guess them back."""
 
     def __init__(self, key: bytes) -> None:
-        self._key = key[:64]
+        self.key = key[:64]
 
     def of(self, tenant: str, *parts: str | bytes) -> str:
-        h = hashlib.blake2b(tenant.encode(), key=self._key, digest_size=12)
+        h = hashlib.blake2b(tenant.encode(), key=self.key, digest_size=12)
         for part in parts:
             h.update(b"\x1f")
             h.update(part.encode() if isinstance(part, str) else part)

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -34,9 +34,11 @@ from gateway.sessions import Sessions
 from gateway.upstream import ConnectTimedOut, Refused, Replica, Timeouts, UpstreamError, in_order
 from router.arms import Choice
 from router.bandit import unit_hash
+from router.features import FeatureName, key_of
 from router.policy import Arm
 from telemetry.events import Answerer, Interaction, new_id
 from telemetry.privacy import Capture
+from telemetry.threads import thread_of
 
 log = logging.getLogger("understudy.gateway")
 
@@ -44,6 +46,8 @@ _USAGE: Fields = {"include_usage": msgspec.Raw(b"true")}
 _options = msgspec.json.Decoder(Fields)
 
 COPY_LIMIT = 4 * 1024 * 1024
+SHALLOW = 256
+"""Brackets of a body that cannot be nested too deep for the journal's readers, whichever way they stand."""
 """Bytes of an answer that are kept to be read; a longer one is relayed whole and read in part."""
 
 _NOT_RELAYED = frozenset(
@@ -80,6 +84,7 @@ class Route:
     replicas: list[Replica]
     timeouts: Timeouts
     segment_by: str | None = None
+    features: tuple[FeatureName, ...] = ()
 
 
 @dataclass(slots=True)
@@ -161,7 +166,7 @@ class Proxy:
             return
         except ClientLeft:
             return
-        choice, recalled = await self._choose(route, pinned, who, ask)
+        choice, recalled = await self._choose(route, pinned, who, ask, fields)
         messages = fields.get("messages") or fields.get("input") or fields.get("prompt")
         arm = route.arms[choice.arm]
         strip_usage = dress(fields, endpoint, ask, arm)
@@ -189,11 +194,13 @@ class Proxy:
             code="model_not_found",
         )
 
-    async def _choose(self, route: Route, pinned: Choice | None, who: Identity, ask: Ask) -> tuple[Choice, bool]:
+    async def _choose(
+        self, route: Route, pinned: Choice | None, who: Identity, ask: Ask, fields: Fields
+    ) -> tuple[Choice, bool]:
         if pinned is not None:
             return pinned, False
         begun = ask.assistant_turns > 0 or ask.previous_response_id is not None
-        segment = {"task_type": who.task_type, "tenant": who.tenant}.get(route.segment_by or "") or ""
+        segment = segment_of(route, who, fields)
         return await self._sessions.choose(route.name, who.tenant, who.session, segment, begun=begun, arms=route.arms)
 
     async def _answer(
@@ -354,7 +361,8 @@ class Proxy:
         error = None if visit.error == "client_left" and answer.ended else visit.error  # SDKs hang up at [DONE]
         if error is None and (answer.failed or (answer.unreadable and visit.copied < COPY_LIMIT)):
             error = "upstream_error" if answer.failed else "upstream_garbage"
-        kept, redacted = self._capture.keep(_readable(messages), answer.text, answer.tool_calls)
+        messages, asked = _readable(messages)
+        kept, redacted = self._capture.keep(messages, answer.text, answer.tool_calls)
         said = who.metadata
         fact = Interaction(
             event_id=new_id(),
@@ -383,6 +391,8 @@ class Proxy:
             task_type=who.task_type,
             task_id=said.task_id,
             input_hash=self._pseudonyms.of(who.tenant, bytes(messages)) if messages else None,
+            thread=thread_of(who.tenant, asked, answer.text, answer.tool_calls, self._pseudonyms.key),
+            previous=ask.previous_response_id,
             turn=ask.assistant_turns,
             knowledge_version=said.knowledge_version,
             retrieval_ids=_ids(said.retrieval_ids),
@@ -409,6 +419,19 @@ class Proxy:
         self._metrics.answered(fact)
 
 
+def segment_of(route: Route, who: Identity, fields: Fields) -> str:
+    """Where a session that begins with this request is counted."""
+    match route.segment_by:
+        case "task_type":
+            return who.task_type or ""
+        case "tenant":
+            return who.tenant
+        case "features":
+            return key_of(route.features, fields)
+        case _:
+            return ""
+
+
 def dress(fields: Fields, endpoint: str, ask: Ask, arm: Arm) -> bool:
     """Change a request's fields, in place, into those for `arm`. True if the answer's usage chunk must go again."""
     fields["model"] = msgspec.Raw(msgspec.json.encode(arm.model))
@@ -429,15 +452,16 @@ def _is_stream(reply: Reading) -> bool:
     return reply.status < 400 and kind.startswith(b"text/event-stream")
 
 
-def _readable(raw: msgspec.Raw | None) -> msgspec.Raw | None:
-    """`raw`, or None if the journal's readers could not read it (a number like 1e999, or nested too deep)."""
+def _readable(raw: msgspec.Raw | None) -> tuple[msgspec.Raw | None, Any]:
+    """`raw` and what it says, or None if the journal's readers could not read it (1e999, or nested too deep)."""
     if raw is None:
-        return None
+        return None, None
     try:
-        msgspec.json.decode(b"[" * 64 + bytes(raw) + b"]" * 64)  # they may stand deeper than we do
+        if bytes(raw).count(b"[") + bytes(raw).count(b"{") > SHALLOW:
+            msgspec.json.decode(b"[" * 64 + bytes(raw) + b"]" * 64)  # they may stand deeper than we do
+        return raw, msgspec.json.decode(raw)
     except (msgspec.MsgspecError, RecursionError):
-        return None
-    return raw
+        return None, None
 
 
 def _is_id(text: str, length: int) -> bool:

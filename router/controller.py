@@ -32,12 +32,15 @@ from router.weights import shares
 from telemetry.errors import Fenced, StateError
 from telemetry.events import Fact, Interaction, Signal
 from telemetry.journal import Journal
-from telemetry.signals import Rules, after_silence, heard_from
+from telemetry.signals import Rules, after_silence, alike, heard_from
+from telemetry.threads import Threads
 
 log = logging.getLogger("understudy.controller")
 
 LEASE_SECONDS = 4.0
 BATCH = 1000
+REMEMBERED = 20_000
+"""Facts before the mark that a new controller reads to know threads that go on."""
 UNFIT_SECONDS = 30.0
 SLOWLY = 30.0
 """Seconds after which weights are computed again though no sum changed: evidence ages."""
@@ -86,6 +89,7 @@ class Controller:
         self._rules = {name: rules(plan.reward) for name, plan in self.routes.items()}
         self._journal = journal
         self._store = store
+        self._threads: Threads | None = None
         self._owner = owner
         self._full: set[str] = set()
         """Routes whose segments were said to be too many."""
@@ -124,6 +128,8 @@ class Controller:
         read = self._store.marked("journal")
         if read > self._journal.last():
             read = 0  # another journal than the one this mark was made on
+        if self._threads is None:
+            self._threads = self._remembered(read)
         facts = self._journal.read(read, BATCH)
         end = facts[-1][0] if facts else read
         ripened = [self._ripened(window, end, now) for window in {r.reward.window for r in self.routes.values()}]
@@ -141,6 +147,14 @@ class Controller:
         if facts:
             self._store.mark("journal", end, lease.token)
         return heard > 0 or BATCH in (len(facts), *(len(one.signals) for one in ripened))
+
+    def _remembered(self, read: int) -> Threads:
+        """The threads that another controller knew."""
+        threads = Threads()
+        for _, fact in self._journal.read(max(0, read - REMEMBERED), min(read, REMEMBERED)):
+            if isinstance(fact, Interaction):
+                threads.add(fact)
+        return threads
 
     def _ripened(self, window: float, end: int, now: float) -> Ripened:
         """The next signals, of those up to `end`, that have waited for `window` seconds.
@@ -185,6 +199,18 @@ class Controller:
         if fresh:
             self._journal.append(fresh)
         return len(fresh)
+
+    def _continued(self, new: Interaction) -> Interaction | None:
+        """The request whose answer `new` continues."""
+
+        def likeness(request_id: str) -> float:
+            earlier = self._journal.request(new.tenant, request_id)
+            return alike(earlier.answer, new) if earlier else 0.0
+
+        assert self._threads is not None
+        found = self._threads.find(new, likeness)
+        self._threads.add(new)
+        return self._journal.request(new.tenant, found) if found else None
 
     def _settle(self, sessions: Requests, marks: Mapping[float, int], token: int) -> None:
         """Bring the sessions' contributions to each route's sums up to date."""

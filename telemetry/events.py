@@ -63,6 +63,17 @@ class Answerer(msgspec.Struct, frozen=True, omit_defaults=True):
     """The session had this arm already; `propensity` is that of its first draw."""
 
 
+class Thread(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Keyed hashes by which the request is found that a later one continues; see `telemetry.threads`."""
+
+    asked: str
+    said: str
+    exchange: str = ""
+    after_asked: str = ""
+    after_said: str = ""
+    after_exchange: str = ""
+
+
 class Interaction(msgspec.Struct, frozen=True, tag="interaction", tag_field="type", omit_defaults=True):
     """One request, its answer, and everything needed to learn from it later (one row of the event schema)."""
 
@@ -85,6 +96,9 @@ class Interaction(msgspec.Struct, frozen=True, tag="interaction", tag_field="typ
     task_id: str | None = None
     input_hash: str | None = None
     """Keyed hash of the conversation as sent; equal inputs of one tenant have equal hashes."""
+    thread: Thread | None = None
+    previous: str | None = None
+    """The answer that the app says it continues (`previous_response_id`)."""
     turn: int = 0
     """How many earlier assistant turns the request carried."""
     knowledge_version: str | None = None

@@ -134,6 +134,13 @@ class Journal:
             found |= {seq: fact for seq, fact in rows if isinstance(fact, Interaction)}
         return sorted(found.items())
 
+    def request(self, tenant: str, request_id: str) -> Interaction | None:
+        """The interaction of a request, by the id that we gave it."""
+        for _, fact in self._select("WHERE request_id = ? AND tenant = ?", (request_id, tenant)):
+            if isinstance(fact, Interaction):
+                return fact
+        return None
+
     def sessions(
         self, keys: Iterable[tuple[str, str]], known: Mapping[int, Fact]
     ) -> dict[tuple[str, str], list[tuple[int, Interaction]]]:

@@ -80,15 +80,29 @@ def detect(
     return found
 
 
-def heard_from(session: Sequence[Interaction], new: Interaction, rules: Rules = RULES) -> list[Signal]:
-    """`detect` for a request that names no answer: it follows on the last one to the same input, or on the last one.
+def heard_from(
+    session: Sequence[Interaction], new: Interaction, rules: Rules = RULES, continued: Interaction | None = None
+) -> list[Signal]:
+    """`detect` for the request that gave the answer that `new` continues, if it is known, and for the one before it.
 
-    `session`: its requests, oldest first.
+    That is the last one to the same input, or the last one. `session`: its requests, oldest first.
     """
     before = [i for i in session if i.event_id != new.event_id and i.at <= new.at]
     same = [i for i in before if new.input_hash is not None and i.input_hash == new.input_hash]
     earlier = same[-1] if same else before[-1] if before else None
-    return detect(earlier, new, before, rules)
+    found = detect(earlier, new, before, rules)
+    if continued is not None and continued is not earlier:
+        named = {signal.event_id for signal in found}
+        found += [signal for signal in detect(continued, new, before, rules) if signal.event_id not in named]
+    return found
+
+
+def alike(answer: str | None, new: Interaction) -> float:
+    """How like an earlier answer the last assistant turn of `new` is, 0 to 1; 1 where a text is not known."""
+    returned = next((text for role, text in reversed(turns(new.messages)) if role == "assistant"), None)
+    if not answer or returned is None:
+        return 1.0
+    return likeness(grams(canonical(answer)), grams(canonical(returned)))
 
 
 def _may_judge(new: Interaction, earlier: Interaction) -> bool:
