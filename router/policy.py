@@ -23,6 +23,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from router.features import DEFAULT as DEFAULT_FEATURES
+from router.features import FeatureName
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -255,6 +258,26 @@ class Epsilon(Learned):
     epsilon: Fraction = Field(0.1, description="Share of sessions drawn evenly over all arms.")
 
 
+class Linear(Learned):
+    """Thompson sampling where an arm's reward is a linear function of what a request is like."""
+
+    kind: Literal["linear"] = Field(description="Learn the shares of each kind of request, told from its features.")
+    segment_by: Literal["features"] = Field(  # type: ignore[assignment]
+        "features", description="A session's segment is the kind of its first request."
+    )
+    features: tuple[FeatureName, ...] = Field(
+        DEFAULT_FEATURES, min_length=1, description="What tells kinds of requests apart."
+    )
+
+    @field_validator("features")
+    @classmethod
+    def _features_differ(cls, features: tuple[FeatureName, ...]) -> tuple[FeatureName, ...]:
+        for place, name in enumerate(features):
+            if name in features[:place]:
+                raise fault("is written twice; keep one of the two", str(place))
+        return features
+
+
 class Split(Written):
     """Fixed shares, for an A/B test."""
 
@@ -274,7 +297,7 @@ class Split(Written):
         return shares
 
 
-Policy = Annotated[Thompson | TopTwo | Epsilon | Split, Field(discriminator="kind")]
+Policy = Annotated[Thompson | TopTwo | Epsilon | Linear | Split, Field(discriminator="kind")]
 
 
 class Outcome(Written):

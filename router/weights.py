@@ -11,6 +11,7 @@ import numpy as np
 from router.arms import Cell, Sums
 from router.bandit import (
     BUCKET,
+    Family,
     Floats,
     Posterior,
     believe,
@@ -23,7 +24,9 @@ from router.bandit import (
     with_floor,
 )
 from router.calibrate import RESIDUAL, corrections
-from router.policy import Arm, Epsilon, Learned, Policy, Split, TopTwo
+from router.features import keys_of, vector_of
+from router.linear import believe_linear
+from router.policy import Arm, Epsilon, Learned, Linear, Policy, Split, TopTwo
 
 AT_ONCE = 500
 """Segments whose P(best) is computed together: more would not fit the processor's cache."""
@@ -69,9 +72,12 @@ def beliefs(
     heard = [*arms, *dict.fromkeys(parent for parent, _ in parents.values() if parent not in arms)]
     kin = family(heard, parents) if parents else None
     segments, sums = _tabulate(policy, heard, cells, now)
+    common: Floats | float = 0.0
     if policy.segment_by is None:
         means, sds = believe(*sums, policy.prior.mean, policy.prior.mass, kin)
         listed, sessions = [""], sums[0]
+    elif isinstance(policy, Linear):
+        listed, sessions, means, sds, common = _by_features(policy, segments, sums, kin)
     else:
         means, sds = believe_segments(*sums, policy.prior.mean, policy.prior.mass, kin)
         named = [place for place, segment in enumerate(segments) if segment]
@@ -86,8 +92,37 @@ def beliefs(
         means, sds = np.clip(means + by, 0.0, 1.0), np.sqrt(sds**2 + variance)
     values = means - np.array([burdens.get(arm, 0.0) for arm in arms])
     parts = range(0, len(listed), AT_ONCE)
-    best = np.vstack([probability_best(values[at : at + AT_ONCE], sds[at : at + AT_ONCE]) for at in parts])
+    own = np.sqrt(sds**2 - common)
+    best = np.vstack([probability_best(values[at : at + AT_ONCE], own[at : at + AT_ONCE]) for at in parts])
     return Beliefs(tuple(arms), tuple(listed), sessions, means, sds, values, best)
+
+
+def _by_features(
+    policy: Linear, segments: Sequence[str], sums: tuple[Floats, Floats, Floats], kin: Family | None
+) -> tuple[list[str], Floats, Floats, Floats, Floats]:
+    """The kinds of requests that are listed, and of each its sessions, means, sds and the variance [S, 1] in common.
+
+    All kinds that there can be are, if they are no more than `max_segments`, heard of or not. "" is the average
+    request; sessions of a segment that is no kind (another policy's, say) are taken for such.
+    """
+    x = np.array([vector_of(segment, policy.features) for segment in segments])
+    n, told = sums[0].sum(1)[:, None], ~np.isnan(x)
+    x, heard = np.where(told, x, 0.0), (n * told).sum(0)
+    centre = np.where(heard > 0.0, (n * x).sum(0) / np.maximum(heard, 1e-12), 0.5)
+    place = {segment: at for at, segment in enumerate(segments)}
+    kinds = list(keys_of(policy.features))
+    if len(kinds) > policy.max_segments:
+        kinds = sorted(kinds, key=lambda kind: -n[place[kind], 0] if kind in place else 0.0)[: policy.max_segments]
+    at = np.vstack([np.zeros(len(centre)), np.array([vector_of(kind, policy.features) for kind in kinds]) - centre])
+    means, sds, common = believe_linear(
+        *sums, np.where(told, x - centre, 0.0), at, policy.prior.mean, policy.prior.mass, kin
+    )
+    sessions = np.zeros(means.shape)
+    for row, kind in enumerate(kinds, 1):
+        if kind in place:
+            sessions[row] = sums[0][place[kind]]
+    sessions[0] = sums[0].sum(0) - sessions[1:].sum(0)
+    return ["", *kinds], sessions, means, sds, common[:, None]
 
 
 def mean_of(metric: str, policy: Learned, arms: Mapping[str, Arm], cells: Mapping[Cell, Sums], now: float) -> Floats:

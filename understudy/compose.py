@@ -10,7 +10,7 @@ from gateway import app
 from gateway.proxy import Route
 from gateway.upstream import Replica, Timeouts
 from router.controller import Controller, RoutePlan, initial_snapshot
-from router.policy import Learned
+from router.policy import Learned, Linear
 from router.store import Store
 from router.store_redis import RedisStore
 from router.store_sqlite import SqliteStore
@@ -42,6 +42,7 @@ def build_gateway(settings: Settings) -> Starlette:
             [Replica(upstream.url, upstream.api_key) for upstream in route.upstreams],
             Timeouts(route.timeouts.connect, route.timeouts.first_byte, route.timeouts.idle),
             route.policy.segment_by if isinstance(route.policy, Learned) else None,
+            route.policy.features if isinstance(route.policy, Linear) else (),
         )
         for name, route in settings.routes.items()
     }
