@@ -135,6 +135,7 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
         name=name,
         text=desk.capture.line(_text(item)),
         target=target,
+        source="token" if claims else "callback",
         verified=claims is not None or (caller is not None and caller.keyed),
     )
 

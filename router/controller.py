@@ -32,7 +32,7 @@ from router.weights import shares
 from telemetry.errors import Fenced, StateError
 from telemetry.events import Fact, Interaction, Signal
 from telemetry.journal import Journal
-from telemetry.signals import Rules, after_silence, alike, heard_from
+from telemetry.signals import Rules, after_silence, alike, compared, heard_from
 from telemetry.threads import Threads
 
 log = logging.getLogger("understudy.controller")
@@ -137,7 +137,7 @@ class Controller:
         new = {seq: fact for one in ripened for seq, fact in one.signals} | dict(facts)
         if new:
             sessions = self._journal.sessions(self._touched(new.values()), new)
-            heard = self._hear([fact for _, fact in facts if isinstance(fact, Interaction)], sessions, now)
+            heard = self._hear([fact for _, fact in facts], sessions, now)
             self._settle(sessions, {one.window: one.mark for one in ripened}, lease.token)
         for route in self.routes.values():
             self._publish(route, now, lease.token)
@@ -181,11 +181,13 @@ class Controller:
             sessions.update({(i.tenant, i.session): None for i in about})
         return list(sessions)
 
-    def _hear(self, new: Iterable[Interaction], sessions: Requests, now: float) -> int:
-        """Journal what requests and silence tell about answers; how many signals there were."""
+    def _hear(self, new: Iterable[Fact], sessions: Requests, now: float) -> int:
+        """Journal what requests, comparisons and silence tell about answers; how many signals there were."""
         heard: dict[str, Signal] = {}
         for fact in new:
-            if fact.route in self.routes:
+            if isinstance(fact, Signal):
+                heard |= {s.event_id: s for s in compared(fact)}
+            elif fact.route in self.routes:
                 before = [
                     i for _, i in sessions[fact.tenant, fact.session] if i.route == fact.route and i.at <= fact.at
                 ]

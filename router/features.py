@@ -111,8 +111,9 @@ def _turns(asked: Asked) -> int:
 
 
 def _code(asked: Asked) -> int:
+    """Lines that end as code does."""
     sample = asked.sample
-    for mark in _CODE:
+    for mark in _CODE if b"\\n" in sample else ():
         if mark in sample:
             return 1
     return 0

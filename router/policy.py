@@ -106,6 +106,7 @@ DEFAULT_SIGNALS: dict[str, float] = FrozenDict(
     {
         "thumb": 1.0,
         "rating": 1.0,
+        "comparison": 1.0,
         "copy": 0.3,
         "accept": 0.5,
         "edit": -0.4,

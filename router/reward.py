@@ -69,7 +69,9 @@ def score(signal: Signal) -> float | None:
             return 1.0 if signal.value else -1.0
         case "rating":
             return None if signal.value is None else (signal.value - 3.0) / 2.0
-        case "comparison" | "comment" | "survey" | "outcome" | "dwell" | "first_action" | "poll" | "session_length":
+        case "comparison":
+            return None if signal.value is None else 2.0 * signal.value - 1.0
+        case "comment" | "survey" | "outcome" | "dwell" | "first_action" | "poll" | "session_length":
             return None
         case _:
             return 1.0

@@ -154,6 +154,7 @@ class Signal(msgspec.Struct, frozen=True, tag="signal", tag_field="type", omit_d
     target: Any = None
     """What part of the answer it is about, or a comparison's winner and loser, as the client sent it."""
     source: str = "callback"
+    """`callback` by an app's key, `token` by whoever holds an answer's feedback token, `detected`, `otlp`."""
     detector: str | None = None
     confidence: float = 1.0
     reason: str | None = None

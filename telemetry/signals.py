@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import msgspec
+
 from telemetry.events import Interaction, Signal
 from telemetry.tone import tone
 from telemetry.wording import CAP, Turn, canonical, cut_from, grams, likeness, said_again, turns
@@ -34,6 +36,7 @@ STOP = "stop/1"
 ESCALATION = "escalation/1"
 ABANDON = "abandon/1"
 SESSION_LENGTH = "session_length/1"
+COMPARED = "compared/1"
 
 ANOTHER_TEXT = 0.2
 """Likeness below which what came back is no edit of the answer but something else in its place."""
@@ -219,6 +222,34 @@ def _escalated(new: Interaction, rules: Rules) -> Iterator[Signal]:
     calls = new.tool_calls if rules.escalation_tools and isinstance(new.tool_calls, list) else []
     if any(isinstance(call, dict) and call.get("name") in rules.escalation_tools for call in calls):
         yield _signal(ESCALATION, "escalation", new, new, "the answer called a tool that hands over to a person", 1.0)
+
+
+def compared(comparison: Signal) -> list[Signal]:
+    """What a side-by-side verdict says of each answer: for the winner and against the loser, or against both.
+
+    A tie says nothing of either. Who holds but one answer's token speaks for that one.
+    """
+    said = comparison.target if isinstance(comparison.target, dict) and comparison.kind == "comparison" else {}
+    winner, loser, both = said.get("winner"), said.get("loser"), said.get("both_bad", ())
+    verdicts = [(winner, loser, 1.0), (loser, winner, 0.0), *((one, None, 0.0) for one in both)]
+    own = comparison.response_id
+    return [
+        msgspec.structs.replace(
+            comparison,
+            event_id=f"{COMPARED}:{comparison.event_id}:{name}",
+            response_id=name,
+            trace_id=None,
+            session=None,
+            value=value,
+            name=other,
+            target=None,
+            source="detected",
+            detector=COMPARED,
+            reason="it was compared with another answer",
+        )
+        for name, other, value in verdicts
+        if isinstance(name, str) and (comparison.source != "token" or (own is not None and name.endswith(own)))
+    ]
 
 
 def after_silence(session: Sequence[Interaction], now: float, rules: Rules = RULES) -> list[Signal]:

@@ -330,6 +330,17 @@ def test_routes_wait_each_for_its_own_window(house: House) -> None:
     assert [v.n for v in house.store.sums("s").values()] == [1.0]
 
 
+def test_a_comparison_rewards_one_session_and_the_other_one_not(house: House) -> None:
+    house.journal.append([answered("1", "a"), answered("2", "b")])
+    target = {"winner": "2", "loser": "1"}
+    house.journal.append([Signal("c", THEN + 1, "comparison", "t", response_id="2", target=target)])
+    settle(house.controller())
+    assert house.sums() == {"a": (1.0, 0.0), "b": (1.0, 1.0)}
+    house.journal.append([Signal("c2", THEN + 2, "comparison", "t", response_id="1", target={"tie": ["1", "2"]})])
+    settle(house.controller())
+    assert house.sums() == {"a": (1.0, 0.0), "b": (1.0, 1.0)}
+
+
 names = st.sampled_from("12345")
 facts = st.one_of(
     st.builds(

@@ -448,13 +448,14 @@ DURATION = ("not a duration", 'write one like "500ms", "30s", "10m", "1h" or "7d
         ("    reward: {signals: {thumbs: 1}}\n", "reward.signals.thumbs", "unknown signal",
          'did you mean "thumb"?'),
         ("    reward: {signals: {zzz: 1}}\n", "reward.signals.zzz", "unknown signal",
-         "the kinds are thumb, rating, copy, accept, edit, correction, flag, regenerate, retry, user_edit, rephrase, "
-         "complaint, thanks, stop, abandon, escalation"),
+         "the kinds are thumb, rating, comparison, copy, accept, edit, correction, flag, regenerate, retry, user_edit, "
+         "rephrase, complaint, thanks, stop, abandon, escalation"),
         ("    reward: {signals: {thumb: 2}}\n", "reward.signals.thumb", "must be at most 1", "lower it"),
         ("    reward: {signals: [thumb]}\n", "reward.signals", *MAPPING),
         ("    policy: {kind: thomson}\n", "policy.kind", "must be thompson, top_two, epsilon, linear or split",
          'did you mean "thompson"?'),
-        ("    policy: {half_life: 7d}\n", "policy", "has no kind", "add kind: epsilon, linear, split, thompson or top_two"),
+        ("    policy: {half_life: 7d}\n", "policy", "has no kind",
+         "add kind: epsilon, linear, split, thompson or top_two"),
         ("    policy: {kind: thompson, half_life: 0s}\n", "policy.half_life", "must be longer than 0",
          'write a duration like "30s", "10m" or "7d"'),
         ("    policy: {kind: thompson, holdout: 1}\n", "policy.holdout", "must be less than 1", "lower it"),

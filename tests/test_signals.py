@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetry.events import SIGNAL_KINDS, Answerer, Interaction, Signal
-from telemetry.signals import RULES, Rules, after_silence, detect, heard_from
+from telemetry.signals import RULES, Rules, after_silence, alike, compared, detect, heard_from
 from telemetry.tone import tone
 from telemetry.wording import canonical, cut_from, grams, likeness, prose, said_again, turns
 
@@ -397,3 +397,42 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert f"{file}:1:" in done.stderr
+
+
+# Side by side.
+
+
+def verdict(target: Any, **fields: Any) -> Signal:
+    known = {"event_id": "c1", "at": 9.0, "kind": "comparison", "tenant": "t", "subject": "ann", "target": target}
+    return Signal(**(known | fields))
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ({"winner": "a", "loser": "b"}, {"a": 1.0, "b": 0.0}),
+        ({"both_bad": ["a", "b"]}, {"a": 0.0, "b": 0.0}),
+        ({"tie": ["a", "b"]}, {}),
+        (None, {}),
+        ("a", {}),
+    ],
+)
+def test_a_comparison_speaks_of_both_answers(target: Any, said: dict[str, float]) -> None:
+    heard = compared(verdict(target))
+    assert {s.response_id: s.value for s in heard} == said
+    assert len({s.event_id for s in heard}) == len(heard)
+    assert all((s.subject, s.kind, s.source) == ("ann", "comparison", "detected") for s in heard)
+    assert [found for s in heard for found in compared(s)] == []
+
+
+def test_a_token_speaks_for_its_own_answer_only() -> None:
+    (heard,) = compared(verdict({"winner": "chatcmpl-1", "loser": "chatcmpl-2"}, source="token", response_id="2"))
+    assert (heard.response_id, heard.value) == ("chatcmpl-2", 0.0)
+
+
+def test_likeness_of_an_answer_and_what_came_back() -> None:
+    asked = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "The sky is blue because of air."}]
+    new = interaction("n", 1.0, [*asked, {"role": "user", "content": "ok"}])
+    assert alike("The sky is blue because of the air.", new) > 0.7
+    assert alike("Bananas grow on plants, not on trees.", new) < 0.2
+    assert alike(None, new) == alike("x", interaction("m", 1.0, None)) == 1.0, "texts that are not known"
