@@ -121,7 +121,7 @@ def _by_features(
     for row, kind in enumerate(kinds, 1):
         if kind in place:
             sessions[row] = sums[0][place[kind]]
-    sessions[0] = sums[0].sum(0) - sessions[1:].sum(0)
+    sessions[0] = np.maximum(0.0, sums[0].sum(0) - sessions[1:].sum(0))
     return ["", *kinds], sessions, means, sds, common[:, None]
 
 

@@ -20,6 +20,7 @@ from fake_vllm import FakeVllm
 from gateway.auth import new_key
 from router.arms import Sums
 from router.store import Store
+from telemetry.errors import StateLocked
 from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal
 from understudy.compose import build_controller, open_store
@@ -96,8 +97,10 @@ class Gateway:
         self._controlled.set()
         try:
             while not self._stopping.is_set():
-                if not controller.step(time.time()):
-                    self._stopping.wait(0.05)
+                with contextlib.suppress(StateLocked):  # by a test; `Controller.run` outlives it too
+                    if controller.step(time.time()):
+                        continue
+                self._stopping.wait(0.05)
         except BaseException as error:
             self.controller_failed = error
 

@@ -414,6 +414,5 @@ def test_feedback_is_refused_while_the_journal_cannot_be_written_and_taken_after
         assert said.status_code == 503
         assert said.headers["retry-after"] == "1"
         journal._db.execute("ROLLBACK")
-    gw.controller_failed = None  # it could not write its state either, and its owner runs it again
     eventually(lambda: gw.feedback({"response_id": "y", "kind": "copy"}).status_code == 202, 15)
     assert "y" in [s.response_id for s in gw.signals()]
