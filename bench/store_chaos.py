@@ -48,7 +48,7 @@ from telemetry.journal import Journal
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {arm: Arm(model=arm) for arm in ("one", "two", "three")}
 PLAN = RoutePlan("chaos", ARMS, Thompson(refresh=0.05), Reward())
-BEGAN = 1_800_000_000.0
+BEGAN = 1_700_000_000.0
 BATCH = 250
 REPEATED = 3
 """Batches that a worker which was killed sends again."""
@@ -170,15 +170,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 journal.close()
 
         next_redis = [0.3, 0.7]
-        while crew.busy("worker"):
-            time.sleep(chance.uniform(0.2, 0.6))
+        while crew.busy("worker") or next_redis:
+            time.sleep(chance.uniform(0.05, 0.3))
             progress = sum(int(p.read_text()) for p in folder.glob("worker-?")) / (each * options.workers * 2.9)
             if next_redis and progress > next_redis[0]:
                 next_redis.pop(0)
                 server.stop()
                 server.start()
                 kills["redis"] += 1
-            elif chance.random() < 0.7 and (busy := crew.busy("worker")):
+            elif chance.random() < 0.8 and (busy := crew.busy("worker")):
                 crew.kill(victim := chance.choice(busy))
                 crew.start(victim)
                 kills["worker"] += 1

@@ -72,6 +72,11 @@ def keys_of(names: Sequence[FeatureName]) -> Iterator[str]:
         yield VERSION + ".".join(f"{name}{level}" for name, level in zip(names, levels, strict=True))
 
 
+def is_key_of(key: str, names: Sequence[FeatureName]) -> bool:
+    """Whether `key` says all of these features."""
+    return not np.isnan(vector_of(key, names)).any()
+
+
 def vector_of(key: str, names: Sequence[FeatureName]) -> NDArray[np.float64]:
     """The key's levels [D], each from 0 to 1; NaN where it does not say, and all NaN where it is no key of ours."""
     parts = key.removeprefix(VERSION).split(".") if key.startswith(VERSION) else []

@@ -330,7 +330,7 @@ def test_folds_are_a_sessions_own_and_about_as_large() -> None:
 
 
 def session(i: int, arm: str, reward: float, known: float) -> Judged:
-    return Judged(f"s{i}", float(i), known, arm, 0.5, reward, "", "t")
+    return Judged(f"s{i}", float(i), known, arm, 0.5, reward, "", "t", "")
 
 
 @given(st.integers(0, 10_000), st.integers(0, 39))
@@ -375,13 +375,15 @@ class Place:
         with closing(Journal(self.database)) as journal:
             journal.append(facts)
 
-    def serve(self, sessions: int, seed: int = 0, ago: float = 3600.0, propensity: float | None = None) -> None:
+    def serve(
+        self, sessions: int, seed: int = 0, ago: float = 3600.0, propensity: float | None = None, segment: str = ""
+    ) -> None:
         """Journal sessions of the last `ago` seconds, each with a thumb."""
         chance, now, facts = random.Random(seed), time.time(), list[Fact]()
         for i in range(sessions):
             arm = "champion" if chance.random() < SHARES["champion"] else "challenger"
             at = now - ago * (1 - i / sessions)
-            served = Answerer(arm, "base", policy="thompson", propensity=propensity or SHARES[arm])
+            served = Answerer(arm, "base", policy="thompson", segment=segment, propensity=propensity or SHARES[arm])
             name = f"{seed:x}{i:04x}"
             facts.append(Interaction(f"e{name}", at, name, "assistant", "t", f"s{name}", served, status=200))
             good = float(chance.random() < MEANS[arm])
@@ -429,6 +431,33 @@ def test_a_policy_that_learns_is_replayed(place: Place, capsys: pytest.CaptureFi
     assert champion["policy_share"] >= 0.05
     assert found["gain"]["interval"][0] > 0
     assert found["notes"] == []
+
+
+def test_a_policy_of_features_is_replayed_where_sessions_were_routed_by_them(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.config.write_text(place.config.read_text().replace(", newcomer: {model: new}", ""))
+    linear = "policy: {kind: linear, features: [code, tools]}"
+    place.serve(1500, segment="f1:code0.tools1")
+    assert place.ope(linear, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["arms"][1]["policy_share"] > 0.7
+    place.serve(10, seed=1, segment="f1:code0")
+    assert place.ope(linear, "--json") == 1
+    refused = json.loads(capsys.readouterr().out)["refused"]
+    assert refused.startswith("10 of 1,510 judged sessions were not routed by these features")
+
+
+def test_what_a_replay_leaves_out_is_said(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.config.write_text(
+        place.config.read_text().replace(", newcomer: {model: new}", "")
+        + "    reward: {mode: calibrated, latency: {weight: 0.01}}\n"
+    )
+    place.serve(1500)
+    assert place.ope("policy: {kind: thompson}", "--json") == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert [n for n in notes if "latency and calibration" in n], notes
+    assert place.ope(CHALLENGER, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
 
 
 def test_only_sessions_of_the_time_asked_for_count(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

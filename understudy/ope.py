@@ -23,8 +23,9 @@ from pydantic import Field, ValidationError
 from router.arms import Cell, Sums
 from router.bandit import Floats, bucket_of
 from router.controller import RoutePlan, by_session
+from router.features import is_key_of
 from router.ope import MIN_ESS, UNKNOWN, Estimate, Evaluation, evaluate, folds_of, predict
-from router.policy import Arm, Learned, Policy, Split, Written
+from router.policy import Arm, Learned, Linear, Policy, Split, Written
 from router.reward import TWO_SIDED, Heard, session_reward
 from router.store import session_key
 from router.weights import shares
@@ -64,10 +65,12 @@ class Judged(msgspec.Struct, frozen=True, gc=False):
     reward: float
     task_type: str
     tenant: str
+    served_in: str
+    """The segment that it was counted in, under the policy that was served."""
 
     def segment(self, policy: Policy) -> str:
         by = policy.segment_by if isinstance(policy, Learned) else None
-        return {"task_type": self.task_type, "tenant": self.tenant}.get(by or "", "")
+        return {"task_type": self.task_type, "tenant": self.tenant, "features": self.served_in}.get(by or "", "")
 
 
 def load_policy(path: Path, route: Route) -> Policy:
@@ -101,7 +104,7 @@ def examine(plan: RoutePlan, policy: Policy, journal: Journal, since: float, now
     drawn = np.array([arms.index(one.arm) for one in sessions], np.int64)
     rewards = np.array([one.reward for one in sessions])
     found = _evaluated(drawn, target, sessions) if sessions else None
-    refused = _refusal(found, arms, drawn, target)
+    refused = _unlike(policy, sessions) or _refusal(found, arms, drawn, target)
     if found is None:
         found = Evaluation(0, 0.0, 0.0, 0.0, 0.0, UNKNOWN, UNKNOWN, UNKNOWN)
     estimates = {"dr": found.dr, "switch_dr": found.switch_dr, "snips": found.snips, "ips": found.ips}
@@ -127,7 +130,7 @@ def examine(plan: RoutePlan, policy: Policy, journal: Journal, since: float, now
         ],
         "refused": refused,
         "verdict": refused or _verdict(found),
-        "notes": [] if refused else _notes(found),
+        "notes": [] if refused else _notes(found) + _left_out(plan, policy),
     }
 
 
@@ -152,6 +155,7 @@ def judged(journal: Journal, plan: RoutePlan, since: float, now: float) -> Itera
                 yield Judged(
                     names[key], reward.at, max(last + waited, reward.at), intern(reward.arm), first.answerer.propensity,
                     reward.reward, intern(first.task_type or ""), intern(first.tenant),
+                    intern(first.answerer.segment),
                 )  # fmt: skip
 
 
@@ -224,6 +228,32 @@ def _refusal(
             f"policy's own, and {MIN_ESS:.0f} are needed."
         )
     return None
+
+
+def _unlike(policy: Policy, sessions: Sequence[Judged]) -> str | None:
+    """Why the policy cannot be replayed: requests' features are known only of sessions that were routed by them."""
+    if not isinstance(policy, Linear):
+        return None
+    known = sum(is_key_of(one.served_in, policy.features) for one in sessions)
+    if known == len(sessions):
+        return None
+    return (
+        f"{len(sessions) - known:,} of {len(sessions):,} judged sessions were not routed by these features, so what "
+        "kind of request they began with is not journaled; serve `linear` first, or evaluate another policy."
+    )
+
+
+def _left_out(plan: RoutePlan, policy: Policy) -> list[str]:
+    """What the route weighs and a replay does not."""
+    if not isinstance(policy, Learned):
+        return []
+    parts = {
+        "prices": plan.reward.cost,
+        "latency": plan.reward.latency,
+        "calibration": plan.reward.mode == "calibrated",
+    }
+    named = [name for name, there in parts.items() if there]
+    return [f"The replay left out the route's {' and '.join(named)}: shares may differ from served ones."] * bool(named)
 
 
 def _verdict(found: Evaluation) -> str:

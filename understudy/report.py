@@ -79,9 +79,11 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
             cells = calibrated(model, cells)
         cost = priced(policy, plan.arms, cells, now, plan.reward)
         found = beliefs(policy, plan.arms, cells, now, cost.burdens)
-        for segment in found.segments:
+        for place_of, segment in enumerate(found.segments):
+            if segment and not found.sessions[place_of].any():
+                continue  # `linear` lists every kind of request that there can be
             believed = {arm: found.of(segment, arm) for arm in found.arms}
-            chances = found.best[found.segments.index(segment)].tolist()
+            chances = found.best[place_of].tolist()
             top = max(believed.values(), key=lambda b: b.mean).mean
             weights = snapshot.segments.get(segment, snapshot.segments.get("", {}))
             places = {arm: _place(heard, plan.name, segment, arm, found.segments) for arm in found.arms}
