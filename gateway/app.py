@@ -7,7 +7,8 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,30 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.routing import Route as HttpRoute
 
-from gateway import feedback, providers
-from gateway.asgi import ClientLeft, Receive, Scope, Send, read_body, respond, send_error, send_json
-from gateway.auth import Caller, KeyRing, Pseudonyms, TokenSigner
+from gateway import otlp, providers
+from gateway.asgi import Receive, Scope, Send, respond, send_error, send_json
+from gateway.auth import TOKEN_KEYS, KeyRing, Pseudonyms, TokenSigner
+from gateway.feedback import Desk
+from gateway.limits import Allowance
+from gateway.listening import PATH as FEEDBACK
+from gateway.listening import Ears, Listening
 from gateway.metrics import Metrics
 from gateway.openai import ENDPOINTS, ApiError, error_body
 from gateway.proxy import Proxy, Route
 from gateway.sessions import Sessions
 from gateway.upstream import Timeouts, UpstreamError
 from router.arms import Snapshot
+from router.policy import Reward
 from router.store import ApiKey, Store
-from telemetry.errors import StateError, UnderstudyError
+from telemetry.errors import StateError
 from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal, JournalWriter
-from telemetry.privacy import Capture
+from telemetry.otlp import Service
+from telemetry.privacy import Captures
 
 log = logging.getLogger("understudy.gateway")
+
+Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +56,10 @@ class Parts:
     """Route → seconds between looks for newer weights."""
     store: Store
     journal: Path
-    capture: Capture
+    captures: Captures
+    rewards: Mapping[str, Reward]
     require_key: bool
+    feedback_per_minute: float
     max_body: int
     otel_endpoint: str | None = None
 
@@ -59,22 +70,23 @@ def build(parts: Parts) -> Starlette:
     keys = KeyRing(parts.require_key)
     sessions = Sessions(parts.store, parts.snapshots)
     gateway = _Gateway(parts, metrics, keys, sessions)
-    endpoints: dict[str, tuple[str, Callable[[Scope, Receive, Send], Awaitable[None]]]] = {
-        f"/v1/{name}": ("POST", gateway.generate(name)) for name in ENDPOINTS
-    }
-    endpoints |= {
-        "/v1/models": ("GET", gateway.models),
-        "/v1/feedback": ("POST", gateway.feedback),
-        "/healthz": ("GET", gateway.health),
-        "/readyz": ("GET", gateway.ready),
-        "/metrics": ("GET", gateway.metrics_page),
+    hot = {f"/v1/{name}": gateway.generate(name) for name in ENDPOINTS}
+    endpoints: dict[str, dict[str, Endpoint]] = {path: {"POST": endpoint} for path, endpoint in hot.items()} | {
+        "/v1/models": {"GET": gateway.models},
+        FEEDBACK: {"POST": gateway.feedback, "OPTIONS": gateway.preflight},
+        f"{FEEDBACK}/": {"GET": gateway.summary, "OPTIONS": gateway.preflight},
+        "/v1/traces": {"POST": gateway.hear("traces")},
+        "/v1/logs": {"POST": gateway.hear("logs")},
+        "/healthz": {"GET": gateway.health},
+        "/readyz": {"GET": gateway.ready},
+        "/metrics": {"GET": gateway.metrics_page},
     }
     app = _App(
-        routes=[_Exact(path, *endpoint) for path, endpoint in endpoints.items()],
+        routes=[_Path(path, by_method) for path, by_method in endpoints.items()],
         lifespan=gateway.lifespan,
         exception_handlers={Exception: _internal_error},
     )
-    app.hot = {f"/v1/{name}": endpoints[f"/v1/{name}"][1] for name in ENDPOINTS}
+    app.hot = hot
     app.router.default = _not_found
     app.router.redirect_slashes = False
     return app
@@ -83,7 +95,7 @@ def build(parts: Parts) -> Starlette:
 class _App(Starlette):
     """Starlette, whose middleware and router cost a request as much as all of our routing: hot paths go around them."""
 
-    hot: Mapping[str, Callable[[Scope, Receive, Send], Awaitable[None]]]
+    hot: Mapping[str, Endpoint]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         endpoint = self.hot.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
@@ -97,26 +109,30 @@ class _App(Starlette):
             await send_error(send, ApiError(500, _failed(error), type="server_error"))
 
 
-class _Exact(HttpRoute):
-    """A route of one path and one method whose endpoint is a raw ASGI callable (Starlette wraps functions)."""
+class _Path(HttpRoute):
+    """A path whose endpoints, by method, are raw ASGI callables (Starlette wraps functions).
 
-    def __init__(self, path: str, method: str, endpoint: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        super().__init__(path, _placeholder, methods=[method])
-        self._method = method
+    One that ends with a slash is the beginning of a path; what follows is the endpoint's to read.
+    """
+
+    def __init__(self, path: str, endpoints: Mapping[str, Endpoint]) -> None:
+        super().__init__(path, _placeholder, methods=list(endpoints))
         self._path = path
-        self._endpoint = endpoint
+        self._endpoints = endpoints
 
     def matches(self, scope: Any) -> tuple[Match, Any]:
-        if scope["type"] == "http" and scope["path"] == self._path:
-            return Match.FULL, {}
-        return Match.NONE, {}
+        path = scope["path"] if scope["type"] == "http" else ""
+        below = self._path.endswith("/") and path.startswith(self._path)
+        return (Match.FULL if below or path == self._path else Match.NONE), {}
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["method"] != self._method:
-            allow = ((b"allow", self._method.encode()),)
-            await send_error(send, ApiError(405, f"use {self._method} {self._path}", headers=allow))
+        endpoint = self._endpoints.get(scope["method"])
+        if endpoint is None:
+            allowed = ", ".join(self._endpoints)
+            allow = ((b"allow", allowed.encode()),)
+            await send_error(send, ApiError(405, f"use {allowed} {scope['path'][:200]}", headers=allow))
             return
-        await self._endpoint(scope, receive, send)
+        await endpoint(scope, receive, send)
 
 
 async def _placeholder(_: Any) -> Response:  # pragma: no cover
@@ -140,7 +156,9 @@ async def _not_found(scope: Any, receive: Any, send: Any) -> None:
 class _Known(msgspec.Struct, frozen=True):
     """What a worker learned from the store, kept on this machine for a start while the store is away."""
 
-    secret: bytes
+    pseudonyms: bytes
+    tokens: dict[str, bytes]
+    """Keys that sign feedback tokens, by id."""
     keys: list[ApiKey]
     snapshots: dict[str, Snapshot]
 
@@ -153,10 +171,11 @@ class _Gateway:
         self._metrics = metrics
         self._keys = keys
         self._sessions = sessions
+        self._tokens: TokenSigner
         self._proxy: Proxy
-        self._desk: feedback.Desk
+        self._listening: Listening
+        self._otlp: otlp.Receiver
         self._journal: JournalWriter
-        self._reader: Journal
         self._memory: Journal
         self._known: _Known
         self._spans: Any = None
@@ -166,23 +185,32 @@ class _Gateway:
         """Open the journal and the store, serve, and leave nothing unwritten."""
         parts = self._parts
         self._journal = JournalWriter(parts.journal, report=log.warning)
-        self._reader = Journal(parts.journal)
         self._memory = Journal(parts.journal)
         self._known = await asyncio.to_thread(self._begin)
-        tokens = TokenSigner({"k1": self._known.secret})
-        pseudonyms = Pseudonyms(self._known.secret)
+        self._tokens = TokenSigner(self._known.tokens)
+        pseudonyms = Pseudonyms(self._known.pseudonyms)
+        reader, linked = Journal(parts.journal), Journal(parts.journal)
         if parts.otel_endpoint:
             from telemetry.otel import Spans  # costs 0.3 s and 20 MB, and not everyone wants it
 
-            self._spans = Spans(parts.otel_endpoint, self._metrics.spans_dropped.inc)
-        self._desk = feedback.Desk(tokens, pseudonyms, parts.capture, self._request_of)
+            self._spans = Spans(parts.otel_endpoint, self._metrics.spans_dropped.inc, linked.answers)
+
+        def answers(signal: Signal) -> list[Interaction]:
+            return [fact for _, fact in reader.answers(signal)]
+
+        allowance = Allowance(parts.feedback_per_minute)
+        desk = Desk(self._tokens, pseudonyms, parts.captures, allowance, answers)
+        thread = ThreadPoolExecutor(1, "feedback")
+        ears = Ears(self._keys, desk, self._journal, reader, thread, self._metrics, parts.max_body, self._heard)
+        self._listening = Listening(ears, parts.rewards)
+        self._otlp = otlp.Receiver(ears)
         self._proxy = Proxy(
             parts.routes,
             self._keys,
             self._sessions,
-            tokens,
+            self._tokens,
             pseudonyms,
-            parts.capture,
+            parts.captures,
             self._metrics,
             self._note,
             providers.ask,
@@ -194,28 +222,36 @@ class _Gateway:
         finally:
             refreshing.cancel()
             await asyncio.to_thread(self._sessions.close)
+            await asyncio.to_thread(thread.shutdown, cancel_futures=True)
             await asyncio.to_thread(self._journal.close)
-            self._reader.close()
+            reader.close()
             self._memory.close()
             for route in parts.routes.values():
                 for replica in route.replicas:
                     replica.close()
             if self._spans is not None:
                 await asyncio.to_thread(self._spans.close)
+            linked.close()
 
     def _begin(self) -> _Known:
         """What the store says; if it is away, what this machine knew last. Raises `StateError` if that is nothing."""
+        last = self._remembered()
         try:
-            return self._exchange(self._parts.store.secret("signing", os.urandom(32)))
+            return self._exchange(last)
         except StateError as error:
-            known = self._memory.known("gateway")
-            if known is None:
+            if last is None:
                 raise
             log.warning("%s; starting with the keys and weights known last", error)
-            last = msgspec.json.decode(known, type=_Known)
             self._keys.refresh(last.keys)
             self._sessions.snapshots |= {k: v for k, v in last.snapshots.items() if k in self._parts.routes}
             return last
+
+    def _remembered(self) -> _Known | None:
+        body = self._memory.known("gateway")
+        try:
+            return msgspec.json.decode(body, type=_Known) if body else None
+        except msgspec.ValidationError:  # another version's
+            return None
 
     async def _keep_up(self) -> None:
         """For ever: push what the store should know, pull what we should."""
@@ -224,35 +260,54 @@ class _Gateway:
         while True:
             await asyncio.sleep(pause)
             try:
-                self._known = await asyncio.to_thread(self._exchange, self._known.secret)
+                self._known = await asyncio.to_thread(self._exchange, self._known)
+                self._tokens.refresh(self._known.tokens)
                 complained = False
             except StateError as error:
                 if not complained:
                     log.warning("%s; serving from the last weights", error)
                 complained = True
 
-    def _exchange(self, secret: bytes) -> _Known:
+    def _exchange(self, last: _Known | None) -> _Known:
         self._sessions.exchange()
         keys = self._parts.store.list_keys()
         self._keys.refresh(keys)
-        known = _Known(secret, keys, dict(self._sessions.snapshots))
-        if known != getattr(self, "_known", None):
+        known = _Known(*self._secrets(last), keys, dict(self._sessions.snapshots))
+        if known != last:
             self._memory.know("gateway", msgspec.json.encode(known))
         return known
+
+    def _secrets(self, last: _Known | None) -> tuple[bytes, dict[str, bytes]]:
+        """The key of pseudonyms and those of tokens. In a store that has none, or was emptied, they are put (back)."""
+        store = self._parts.store
+        kept = store.secrets()
+        tokens = {name[len(TOKEN_KEYS) :]: key for name, key in kept.items() if name.startswith(TOKEN_KEYS)}
+        if not tokens:
+            ours = last.tokens if last else {"0": os.urandom(32)}
+            tokens = {name: store.secret(TOKEN_KEYS + name, key) for name, key in ours.items()}
+        pseudonyms = kept.get("pseudonyms")
+        if pseudonyms is None:
+            pseudonyms = store.secret("pseudonyms", last.pseudonyms if last else os.urandom(32))
+        return pseudonyms, tokens
 
     def _note(self, fact: Interaction) -> None:
         self._journal.put(fact)
         if self._spans is not None:
             self._spans.answered(fact)
 
-    def _request_of(self, tenant: str, response_id: str) -> str | None:
-        about = Signal(event_id="", at=0, kind="", tenant=tenant, response_id=response_id)
-        found = self._reader.answers(about)
-        return found[0][1].request_id if found else None
+    def _heard(self, signals: Sequence[Signal]) -> None:
+        if self._spans is not None:
+            self._spans.heard(signals)
 
-    def generate(self, name: str) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    def generate(self, name: str) -> Endpoint:
         async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
             await self._proxy.serve(name, scope, receive, send)
+
+        return endpoint
+
+    def hear(self, service: Service) -> Endpoint:
+        async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._otlp.serve(service, scope, receive, send)
 
         return endpoint
 
@@ -272,51 +327,13 @@ class _Gateway:
         await send_json(send, 200, {"object": "list", "data": data})
 
     async def feedback(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """202 once all that was accepted is on disk; a single bad item, or nothing but bad ones, is an error."""
-        headers = dict(scope["headers"])
-        now = time.time()
-        try:
-            caller = self._feedback_caller(headers)
-            token = headers.get(b"x-understudy-feedback-token", b"").decode("latin-1") or None
-            read = feedback.read_items(await read_body(headers, receive, self._parts.max_body))
-            judged = [
-                item
-                if isinstance(item, feedback.Problem)
-                else feedback.to_signal(index, item, caller, token, self._desk, now)
-                for index, item in enumerate(read)
-            ]
-            problems = [p for p in judged if isinstance(p, feedback.Problem)]
-            signals = [s for s in judged if isinstance(s, Signal)]
-            for problem in problems:
-                self._metrics.feedback_refused.labels(str(problem.status)).inc()
-            if problems and not signals:
-                first = problems[0]
-                where = f"item {first.index}: " if len(judged) > 1 else ""
-                kind = {401: "authentication_error", 403: "permission_error"}.get(first.status, "invalid_request_error")
-                raise ApiError(first.status, where + first.message, type=kind, param=first.param, code=first.code)
-            await self._journal.put_durably(signals)
-        except ApiError as error:
-            await send_error(send, error)
-            return
-        except UnderstudyError as error:
-            again = ((b"retry-after", b"1"),)
-            await send_error(send, ApiError(503, f"{error}; send it again", type="server_error", headers=again))
-            return
-        except ClientLeft:
-            return
-        for signal in signals:
-            self._metrics.signals.labels(signal.kind, signal.source).inc()
-        body: dict[str, Any] = {"accepted": len(signals), "ids": [signal.event_id for signal in signals]}
-        if problems:
-            body["errors"] = problems
-        await send_json(send, 202, body)
+        await self._listening.post(scope, receive, send)
 
-    def _feedback_caller(self, headers: Mapping[bytes, bytes]) -> Caller | None:
-        """Who sends feedback; None if nobody with a key does, and a token must speak instead."""
-        try:
-            return self._keys.caller(headers.get(b"authorization", b""))
-        except ApiError:
-            return None
+    async def summary(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._listening.get(scope, receive, send)
+
+    async def preflight(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._listening.preflight(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_json(send, 200, {"status": "ok"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import msgspec
@@ -83,11 +83,11 @@ async def send_error(send: Send, error: ApiError, headers: list[tuple[bytes, byt
     await send({"type": "http.response.body", "body": error.body})
 
 
-async def send_json(send: Send, status: int, body: object) -> None:
-    await respond(send, status, msgspec.json.encode(body), b"application/json")
+async def send_json(send: Send, status: int, body: object, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    await respond(send, status, msgspec.json.encode(body), b"application/json", headers)
 
 
-async def respond(send: Send, status: int, body: bytes, kind: bytes) -> None:
-    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+async def respond(send: Send, status: int, body: bytes, kind: bytes, more: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -16,16 +16,18 @@ from dataclasses import dataclass
 import msgspec
 
 from gateway.openai import ApiError, Ask, Fields, Metadata
-from router.store import ApiKey
+from router.store import ApiKey, Store
 
 OPEN_TENANT = "default"
+TOKEN_KEYS = "tokens:"
+"""What the names of secrets begin with that sign feedback tokens; the id of the key follows."""
 SEEN_LIMIT = 10_000
 
 
-def new_key(tenant: str, role: str, now: float) -> tuple[str, ApiKey]:
+def new_key(tenant: str, role: str, now: float, text: bool = False) -> tuple[str, ApiKey]:
     """A fresh API key and what is kept of it. The key itself is shown once and never stored."""
     secret = f"us-{secrets.token_urlsafe(32)}"
-    return secret, ApiKey(f"key_{secrets.token_hex(4)}", _digest(secret), tenant, role, now)
+    return secret, ApiKey(f"key_{secrets.token_hex(4)}", _digest(secret), tenant, role, created=now, text=text)
 
 
 def _digest(secret: str) -> str:
@@ -40,6 +42,8 @@ class Caller:
     id: str
     role: str = "app"
     keyed: bool = False
+    text: bool = False
+    """May read what people wrote."""
 
 
 class KeyRing:
@@ -71,7 +75,7 @@ class KeyRing:
                 type="authentication_error",
                 code="invalid_api_key",
             )
-        caller = Caller(key.tenant, key.id, key.role, True) if key else Caller(OPEN_TENANT, digest[:16])
+        caller = Caller(key.tenant, key.id, key.role, True, key.text) if key else Caller(OPEN_TENANT, digest[:16])
         if len(self._seen) >= SEEN_LIMIT:  # wrong keys are remembered too
             self._seen.clear()
         self._seen[authorization] = caller
@@ -80,7 +84,7 @@ class KeyRing:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """On whose behalf a request is made. `user` is a pseudonym."""
+    """On whose behalf a request is made. `session` and `user` are pseudonyms."""
 
     tenant: str
     session: str
@@ -106,22 +110,29 @@ class Pseudonyms:
             h.update(part.encode() if isinstance(part, str) else part)
         return h.hexdigest()
 
+    def session(self, tenant: str, name: str) -> str:
+        """Of a session by the name that the app gives it, which may be an address or a user's."""
+        return self.of(tenant, "session", name)
+
+
+def tenant_of(caller: Caller, headers: Mapping[bytes, bytes]) -> str:
+    """For whom the caller speaks: a key for its own tenant only, an admin's and no key at all for any."""
+    if caller.keyed and caller.role != "admin":
+        return caller.tenant
+    return (_header(headers, b"x-understudy-tenant") or caller.tenant)[:_NAME_LIMIT]
+
 
 def identify(caller: Caller, headers: Mapping[bytes, bytes], ask: Ask, fields: Fields, hide: Pseudonyms) -> Identity:
     """Identity, strongest source first: headers, `metadata`, OpenAI's own fields, else key + conversation root."""
     said = ask.metadata or _NO_METADATA
-    tenant = caller.tenant
-    if not caller.keyed or caller.role == "admin":  # a key speaks for its own tenant only
-        tenant = _header(headers, b"x-understudy-tenant") or tenant
+    tenant = tenant_of(caller, headers)
     user = _header(headers, b"x-understudy-user") or said.user_id or ask.user or ask.safety_identifier
     session = _header(headers, b"x-understudy-session") or said.session_id
-    if session is None:
-        session = hide.of(tenant, caller.id, user or "", ask.prompt_cache_key or "", *_root(ask, fields))
-    elif len(session) > _NAME_LIMIT:
-        session = hide.of(tenant, session)
     return Identity(
-        tenant=tenant[:_NAME_LIMIT],
-        session=session,
+        tenant=tenant,
+        session=hide.session(tenant, session)
+        if session is not None
+        else hide.of(tenant, caller.id, user or "", ask.prompt_cache_key or "", *_root(ask, fields)),
         user=hide.of(tenant, user) if user else None,
         task_type=(_header(headers, b"x-understudy-task") or said.task_type or "")[:_NAME_LIMIT] or None,
         metadata=said,
@@ -160,20 +171,30 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
 class TokenSigner:
     """Issues and checks feedback tokens: base64url(JSON) "." base64url(keyed BLAKE2b, 16 bytes; RFC 7693).
 
-    `keys`: id → secret, newest first. New tokens use the first; any verifies, so keys can be rotated.
+    `keys`: id → secret. An id is the Unix second at which the key was made. The newest two are live: both verify, and
+    the newest signs as soon as every worker has had the time to hear of it.
     """
 
     LIFETIME = 7 * 86400
+    SETTLES = 30
+    """Seconds before a new key signs."""
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
-        self._keys = dict(keys)
-        self._current = next(iter(self._keys))
         self._decoder = msgspec.json.Decoder(Token)
+        self.refresh(keys)
+
+    def refresh(self, keys: Mapping[str, bytes]) -> None:
+        """The keys that are kept now; raises ValueError if they are none."""
+        if not keys:
+            raise ValueError("there is no key to sign feedback tokens with")
+        self._keys = {name: keys[name] for name in live_keys(keys)}
+        self._newest, self._oldest = next(iter(self._keys)), next(reversed(self._keys))
+        self._signs_at = int(self._newest) + self.SETTLES
 
     def issue(self, tenant: str, request_id: str, subject: str | None, now: float) -> str:
-        token = Token(self._current, tenant, request_id, subject, (), int(now) + self.LIFETIME)
-        payload = msgspec.json.encode(token)
-        return f"{_b64(payload)}.{_b64(_mac(self._keys[self._current], payload))}"
+        key_id = self._newest if now >= self._signs_at else self._oldest
+        payload = msgspec.json.encode(Token(key_id, tenant, request_id, subject, (), int(now) + self.LIFETIME))
+        return f"{_b64(payload)}.{_b64(_mac(self._keys[key_id], payload))}"
 
     def verify(self, token: str, now: float) -> Token:
         """The token's claims. Raises `ApiError` 401 if it is not ours, was changed, or has expired."""
@@ -188,6 +209,25 @@ class TokenSigner:
         if claims.expires < now:
             raise _bad_token("it has expired")
         return claims
+
+
+def live_keys(names: Iterable[str]) -> list[str]:
+    """Of the ids of token keys the two that are live, newest first."""
+    return sorted(names, key=int, reverse=True)[:2]
+
+
+def rotate_tokens(store: Store, now: float) -> list[str]:
+    """Keep a new key for tokens and drop all but it and the last; their ids, newest first. Raises ValueError."""
+    names = [name.removeprefix(TOKEN_KEYS) for name in store.secrets() if name.startswith(TOKEN_KEYS)]
+    age = now - max(map(int, names), default=0)
+    if age < TokenSigner.SETTLES:
+        raise ValueError(f"the newest key is {age:.0f} s old and does not sign yet; wait {TokenSigner.SETTLES} s")
+    new = str(int(now))
+    store.secret(TOKEN_KEYS + new, secrets.token_bytes(32))
+    live = live_keys([new, *names])
+    for name in set(names) - set(live):
+        store.drop_secret(TOKEN_KEYS + name)
+    return live
 
 
 def _mac(key: bytes, payload: bytes) -> bytes:

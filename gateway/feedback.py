@@ -16,12 +16,15 @@ from typing import Any
 import msgspec
 
 from gateway.auth import Caller, Pseudonyms, Token, TokenSigner
+from gateway.limits import Allowance
 from gateway.openai import ApiError
-from telemetry.events import SIGNAL_KINDS, Signal, new_id
-from telemetry.privacy import Capture
+from telemetry.events import DETECTED_ONLY, SIGNAL_KINDS, Interaction, Signal, new_id
+from telemetry.privacy import Captures
 
+KINDS = SIGNAL_KINDS - DETECTED_ONLY
 ITEM_LIMIT = 1000
 TEXT_LIMIT = 32_768
+NAME_LIMIT = 500
 _UP: dict[object, float] = {True: 1.0, False: 0.0, "up": 1.0, "down": 0.0}  # 1 and 0 are equal to True and False
 
 
@@ -50,6 +53,8 @@ class Problem(msgspec.Struct, frozen=True):
     param: str | None = None
     status: int = 400
     code: str | None = None
+    retry_after: int | None = None
+    """Seconds; where it may be sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +63,10 @@ class Desk:
 
     tokens: TokenSigner
     pseudonyms: Pseudonyms
-    capture: Capture
-    request_of: Callable[[str, str], str | None]
-    """(tenant, response id) → our request id, if that answer is journaled."""
+    captures: Captures
+    allowance: Allowance
+    answers: Callable[[Signal], list[Interaction]]
+    """The journaled answers that a signal is about."""
 
 
 def read_items(body: bytes) -> list[Item | Problem]:
@@ -94,20 +100,36 @@ def to_signal(
 ) -> Signal | Problem:
     """The signal that `item` is, or why it is none. `caller` is None where no API key was needed or given."""
     try:
-        return _signal(item, caller, token, desk, now)
+        signal = _signal(item, caller, token, desk, now)
     except ApiError as error:
         return Problem(index, str(error), error.param, error.status, error.code)
+    wait = desk.allowance.take(_whose(signal), now)
+    if not wait:
+        return signal
+    message = "too much feedback at once from this user, or on this answer; nothing of this item was kept"
+    return Problem(index, message, None, 429, "rate_limited", math.ceil(wait))
+
+
+def _whose(signal: Signal) -> str:
+    """Whose allowance it is: the user's, or where none is said that of what it is about."""
+    about = signal.subject or signal.response_id or signal.trace_id or signal.session
+    return f"{len(signal.tenant)}:{signal.tenant}/{about}"
 
 
 def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, now: float) -> Signal:
-    if item.kind not in SIGNAL_KINDS:
-        raise ApiError(400, f"unknown kind `{item.kind[:50]}`; one of {', '.join(sorted(SIGNAL_KINDS))}", param="kind")
+    if item.kind not in KINDS:
+        raise ApiError(400, f"unknown kind `{item.kind[:50]}`; one of {', '.join(sorted(KINDS))}", param="kind")
     if not (item.response_id or item.trace_id or item.session_id):
         raise ApiError(400, "name what it is about: response_id, trace_id or session_id", param="response_id")
+    for field in ("response_id", "trace_id", "session_id", "event_id", "name", "user"):
+        if len(getattr(item, field) or "") > NAME_LIMIT:
+            raise ApiError(400, f"{field} is longer than {NAME_LIMIT} characters", param=field)
     if len(_text(item) or "") > TEXT_LIMIT:
         raise ApiError(400, f"text is longer than {TEXT_LIMIT} characters", param="text")
     token = item.token or token
     claims = _claims(item, token, desk, now) if token else None
+    if claims and caller and caller.keyed and caller.role != "admin" and caller.tenant != claims.tenant:
+        raise _forbidden("the feedback token is of another tenant than the API key", "token")
     if claims is None and caller is None:
         raise ApiError(
             401,
@@ -118,10 +140,7 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
     tenant = claims.tenant if claims else caller.tenant  # type: ignore[union-attr]
     name, value = _value(item)
     subject = claims.subject if claims else (desk.pseudonyms.of(tenant, item.user) if item.user else None)
-    target = item.target if desk.capture.text == "full" or item.kind == "comparison" else None
-    if item.kind == "comparison":
-        target = _comparison(item)
-    return Signal(
+    signal = Signal(
         event_id=item.event_id or new_id(),
         at=_when(item.at, now),
         received_at=now,
@@ -129,15 +148,25 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
         tenant=tenant,
         response_id=claims.request_id if claims else item.response_id,
         trace_id=None if claims else item.trace_id,
-        session=None if claims else item.session_id,
+        session=desk.pseudonyms.session(tenant, item.session_id) if item.session_id and not claims else None,
         subject=subject,
         value=value,
         name=name,
-        text=desk.capture.line(_text(item)),
-        target=target,
+        target=_comparison(item) if item.kind == "comparison" else None,
         source="token" if claims else "callback",
         verified=claims is not None or (caller is not None and caller.keyed),
     )
+    if _text(item) is None and item.target is None:
+        return signal
+    capture = desk.captures.of_any([(i.route, i.consent) for i in desk.answers(signal)], tenant)
+    target = item.target if item.kind != "comparison" and capture.text == "full" else signal.target
+    return msgspec.structs.replace(signal, text=capture.line(_text(item)), target=target)
+
+
+def _answer_of(tenant: str, response_id: str, desk: Desk) -> str | None:
+    """Our request id of an answer, if it is journaled."""
+    found = desk.answers(Signal(event_id="", at=0, kind="", tenant=tenant, response_id=response_id))
+    return found[0].request_id if found else None
 
 
 def _claims(item: Item, token: str, desk: Desk, now: float) -> Token:
@@ -149,7 +178,7 @@ def _claims(item: Item, token: str, desk: Desk, now: float) -> Token:
         or about == claims.request_id
         or about.endswith(("-" + claims.request_id, "_" + claims.request_id))
     )
-    if not named and desk.request_of(claims.tenant, about or "") != claims.request_id:
+    if not named and _answer_of(claims.tenant, about or "", desk) != claims.request_id:
         raise _forbidden("the feedback token is for another answer", "response_id")
     if item.session_id is not None and about is None:
         raise _forbidden("a feedback token speaks for one answer, not for a session", "session_id")

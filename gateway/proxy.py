@@ -37,7 +37,7 @@ from router.bandit import unit_hash
 from router.features import FeatureName, key_of
 from router.policy import Arm
 from telemetry.events import Answerer, Interaction, new_id
-from telemetry.privacy import Capture
+from telemetry.privacy import Captures
 from telemetry.threads import thread_of
 
 log = logging.getLogger("understudy.gateway")
@@ -46,9 +46,9 @@ _USAGE: Fields = {"include_usage": msgspec.Raw(b"true")}
 _options = msgspec.json.Decoder(Fields)
 
 COPY_LIMIT = 4 * 1024 * 1024
+"""Bytes of an answer that are kept to be read; a longer one is relayed whole and read in part."""
 SHALLOW = 256
 """Brackets of a body that cannot be nested too deep for the journal's readers, whichever way they stand."""
-"""Bytes of an answer that are kept to be read; a longer one is relayed whole and read in part."""
 
 _NOT_RELAYED = frozenset(
     b"connection keep-alive transfer-encoding upgrade te trailer proxy-authenticate content-length date server"
@@ -135,7 +135,7 @@ class Proxy:
         sessions: Sessions,
         tokens: TokenSigner,
         pseudonyms: Pseudonyms,
-        capture: Capture,
+        captures: Captures,
         metrics: Metrics,
         journal: Callable[[Interaction], None],
         ask_provider: AskProvider,
@@ -146,7 +146,7 @@ class Proxy:
         self._sessions = sessions
         self._tokens = tokens
         self._pseudonyms = pseudonyms
-        self._capture = capture
+        self._captures = captures
         self._metrics = metrics
         self._journal = journal
         self._ask_provider = ask_provider
@@ -362,8 +362,9 @@ class Proxy:
         if error is None and (answer.failed or (answer.unreadable and visit.copied < COPY_LIMIT)):
             error = "upstream_error" if answer.failed else "upstream_garbage"
         messages, asked = _readable(messages)
-        kept, redacted = self._capture.keep(messages, answer.text, answer.tool_calls)
         said = who.metadata
+        capture = self._captures.of(route.name, who.tenant, said.consent)
+        kept, redacted = capture.keep(messages, answer.text, answer.tool_calls)
         fact = Interaction(
             event_id=new_id(),
             at=visit.at,
@@ -407,6 +408,7 @@ class Proxy:
             tokens_cached=answer.tokens_cached,
             first_byte=visit.first_byte,
             duration=time.perf_counter() - visit.started,
+            escalated=b"x-understudy-escalation" in visit.headers,
             sdk_retry=count(visit.headers.get(b"x-stainless-retry-count")),
             upstream=visit.upstream,
             attempts=visit.attempts,

@@ -191,7 +191,8 @@ class Controller:
                 before = [
                     i for _, i in sessions[fact.tenant, fact.session] if i.route == fact.route and i.at <= fact.at
                 ]
-                heard |= {s.event_id: s for s in heard_from(before, fact, self._rules[fact.route])}
+                found = heard_from(before, fact, self._rules[fact.route], self._continued(fact))
+                heard |= {s.event_id: s for s in found}
         for requests in sessions.values():
             for name in {i.route for _, i in requests} & self.routes.keys():
                 own = [i for _, i in requests if i.route == name]
@@ -203,7 +204,7 @@ class Controller:
         return len(fresh)
 
     def _continued(self, new: Interaction) -> Interaction | None:
-        """The request whose answer `new` continues."""
+        """The request whose answer `new` continues. It may look like another session's: apps change how they begin."""
 
         def likeness(request_id: str) -> float:
             earlier = self._journal.request(new.tenant, request_id)

@@ -23,6 +23,8 @@ class ApiKey(msgspec.Struct, frozen=True):
     tenant: str
     role: str = "app"
     """`app` or `admin`."""
+    text: bool = False
+    """May read what people wrote; each time is put on record."""
     created: float = 0.0
     revoked: bool = False
 
@@ -113,6 +115,11 @@ class Store(Protocol):
 
     def secret(self, name: str, fresh: bytes) -> bytes:
         """The secret kept under `name`; `fresh` becomes it if there is none yet."""
+
+    def secrets(self) -> dict[str, bytes]:
+        """All secrets by name."""
+
+    def drop_secret(self, name: str) -> None: ...
 
 
 def dump_cells(cells: Mapping[Cell, Sums]) -> bytes:

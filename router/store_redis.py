@@ -211,6 +211,14 @@ class RedisStore:
             self._redis.hsetnx("understudy:secrets", name, fresh)
             return bytes(self._redis.hget("understudy:secrets", name))
 
+    def secrets(self) -> dict[str, bytes]:
+        with self._translated():
+            return {name.decode(): value for name, value in self._redis.hgetall("understudy:secrets").items()}
+
+    def drop_secret(self, name: str) -> None:
+        with self._translated():
+            self._redis.hdel("understudy:secrets", name)
+
     @contextmanager
     def _translated(self) -> Iterator[None]:
         try:

@@ -195,6 +195,14 @@ class SqliteStore:
             row = self._db.execute("SELECT value FROM secrets WHERE name = ?", (name,)).fetchone()
             return bytes(row[0])
 
+    def secrets(self) -> dict[str, bytes]:
+        with self._lock, translated(self.path):
+            return dict(self._db.execute("SELECT name, value FROM secrets").fetchall())
+
+    def drop_secret(self, name: str) -> None:
+        with self._writing():
+            self._db.execute("DELETE FROM secrets WHERE name = ?", (name,))
+
     def _one(self, statement: str, *values: object) -> tuple[Any, ...] | None:
         with self._lock, translated(self.path):
             row: tuple[Any, ...] | None = self._db.execute(statement, values).fetchone()

@@ -44,6 +44,9 @@ SIGNAL_KINDS = frozenset(
     ]
 )
 
+DETECTED_ONLY = frozenset(["poll", "session_length"])
+"""Kinds that nobody can report."""
+
 
 class Answerer(msgspec.Struct, frozen=True, omit_defaults=True):
     """Which arm answered and with what probability it had been drawn."""
@@ -120,6 +123,8 @@ class Interaction(msgspec.Struct, frozen=True, tag="interaction", tag_field="typ
     duration: float = 0.0
     client_latency: float | None = None
     """As the app measured it, when it says so."""
+    escalated: bool = False
+    """The app says that a person takes over the conversation here."""
     sdk_retry: int = 0
     """`x-stainless-retry-count`: above 0 the SDK asked again, not the user."""
     upstream: str | None = None

@@ -57,6 +57,7 @@ MIGRATIONS = [
     CREATE INDEX facts_session ON facts (tenant, session, type) WHERE session IS NOT NULL;
     CREATE INDEX facts_trace ON facts (trace_id, type) WHERE trace_id IS NOT NULL
     """,
+    "CREATE TABLE text_reads (at REAL NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL)",
 ]
 
 COLUMNS = "event_id, type, at, tenant, route, session, request_id, response_id, trace_id, body"
@@ -200,6 +201,36 @@ class Journal:
                 break
             before = rows[-1][0]
         return found[::-1]
+
+    def rewrite(self, facts: Sequence[tuple[int, Fact]]) -> None:
+        """Put others in the place of facts, by sequence number, and overwrite what stood there.
+
+        For text that must go, and for nothing else. The old text may stay in the write-ahead log until `scrub`.
+        """
+        with translated(self.path):
+            self._db.execute("PRAGMA secure_delete = ON")
+            with transaction(self._db):
+                self._db.executemany("UPDATE facts SET body = ? WHERE seq = ?", [(encode(f), seq) for seq, f in facts])
+
+    def scrub(self) -> bool:
+        """Empty the write-ahead log, where overwritten text may still stand; False if a reader is in the way now."""
+        with translated(self.path):
+            busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
+
+    def naming(self, name: str, after: int, limit: int = 1000) -> list[tuple[int, Fact]]:
+        """Up to `limit` facts in which `name` occurs anywhere, sequence number > `after`. Looks through them all."""
+        return self._select("WHERE seq > ? AND instr(body, ?) ORDER BY seq LIMIT ?", (after, name.encode(), limit))
+
+    def note_read(self, at: float, who: str, what: str) -> None:
+        """Put on record who read what people wrote."""
+        with translated(self.path):
+            self._db.execute("INSERT INTO text_reads VALUES (?, ?, ?)", (at, who, what))
+
+    def reads(self) -> list[tuple[float, str, str]]:
+        """Who read what people wrote, and when: (at, who, what), oldest first."""
+        with translated(self.path):
+            return self._db.execute("SELECT at, who, what FROM text_reads ORDER BY at").fetchall()
 
     def know(self, name: str, value: bytes) -> None:
         """Keep beside the facts what this machine last learned from a store that may be away tomorrow."""

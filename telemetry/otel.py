@@ -1,23 +1,27 @@
-"""Spans out: one for each answer, by OpenTelemetry's conventions for generative AI, over OTLP/HTTP.
+"""Spans out: one for each answer and one for each signal, by OpenTelemetry's conventions for generative AI.
 
-The conventions (semantic-conventions-genai, status Development) name the attributes; `_ATTRIBUTES` is the one table
-that maps our fields to them. Spans are built from facts after the last byte, in batches, by the SDK's own
-exporter; they are never the only copy of anything, so a dead collector costs a dropped span.
+The conventions (semantic-conventions-genai, status Development) name the attributes; `_ATTRIBUTES` and `_SIGNAL` are
+the tables that map our fields to them. A signal is a span in a trace of its own, with one link to its answer's span and
+the event `gen_ai.evaluation.result`. Spans are built from facts after the last byte, in batches, by the SDK's own
+OTLP/HTTP exporter; they are never the only copy of anything, so a dead collector costs a dropped span.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from telemetry.events import Interaction
+from telemetry.errors import StateError
+from telemetry.events import Interaction, Signal
 
 _OPERATIONS = {
     "chat/completions": "chat",
@@ -51,6 +55,23 @@ _ATTRIBUTES: dict[str, Callable[[Interaction], Any]] = {
     "understudy.task_type": lambda i: i.task_type,
 }
 
+_EVALUATION = "gen_ai.evaluation.result"
+_SIGNAL: dict[str, Callable[[Signal, Interaction], Any]] = {
+    "gen_ai.evaluation.name": lambda s, _: s.name or s.kind,
+    "gen_ai.evaluation.score.value": lambda s, _: s.value,
+    "gen_ai.response.id": lambda _, i: i.response_id or i.request_id,
+    "gen_ai.response.model": lambda _, i: i.answerer.model,
+    "gen_ai.conversation.id": lambda _, i: i.session,
+    "user.id": lambda s, _: s.subject,
+    "understudy.tenant": lambda s, _: s.tenant,
+    "understudy.arm": lambda _, i: i.answerer.arm,
+    "understudy.signal.kind": lambda s, _: s.kind,
+    "understudy.signal.event_id": lambda s, _: s.event_id,
+    "understudy.signal.source": lambda s, _: s.source,
+    "understudy.signal.detector": lambda s, _: s.detector,
+    "understudy.signal.confidence": lambda s, _: s.confidence,
+}
+
 _SCOPE = InstrumentationScope("understudy")
 
 
@@ -75,27 +96,56 @@ class _Counting(SpanExporter):
 
 
 class Spans:
-    """Sends a span for each interaction to the collector at `endpoint` (base URL, without /v1/traces)."""
+    """Sends a span for each answer and each signal to the collector at `endpoint` (base URL, without /v1/traces).
 
-    def __init__(self, endpoint: str, dropped: Callable[[int], None] = lambda _: None) -> None:
+    `answers`: the interactions that a signal is about, with their sequence numbers; asked in a thread of our own.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        dropped: Callable[[int], None] = lambda _: None,
+        answers: Callable[[Signal], Sequence[tuple[int, Interaction]]] = lambda _: (),
+    ) -> None:
         exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=5)
         self._processor = BatchSpanProcessor(_Counting(exporter, dropped))
         self._resource = Resource.create({"service.name": "understudy"})
+        self._dropped = dropped
+        self._answers = answers
+        self._thread = ThreadPoolExecutor(1, "spans")
 
     def answered(self, fact: Interaction) -> None:
         """Queue the span of one answer."""
         self._processor.on_end(self._span(fact))
 
+    def heard(self, signals: Sequence[Signal]) -> None:
+        """Queue the spans of signals; one whose answer is not journaled (yet) has nothing to link to and is dropped."""
+        if signals:
+            self._thread.submit(self._link, signals)
+
+    def _link(self, signals: Sequence[Signal]) -> None:
+        for signal in signals:
+            try:
+                answers = self._answers(signal)
+            except StateError:
+                answers = ()
+            if answers:
+                self._processor.on_end(self._signal(signal, answers[-1][1]))
+            else:
+                self._dropped(1)
+
     def _span(self, fact: Interaction) -> ReadableSpan:
         start = int(fact.at * 1e9)
         attributes = {name: value for name, read in _ATTRIBUTES.items() if (value := read(fact)) is not None}
-        trace_id = int(fact.trace_id or "1", 16)
+        context = _context(fact)
         parent = (
-            SpanContext(trace_id, int(fact.parent_span_id, 16), True, TraceFlags(1)) if fact.parent_span_id else None
+            SpanContext(context.trace_id, int(fact.parent_span_id, 16), True, TraceFlags(1))
+            if fact.parent_span_id
+            else None
         )
         return ReadableSpan(
             name=f"{attributes['gen_ai.operation.name']} {fact.route}",
-            context=SpanContext(trace_id, int(fact.span_id or "1", 16), False, TraceFlags(1)),
+            context=context,
             parent=parent,
             resource=self._resource,
             attributes=attributes,
@@ -106,6 +156,30 @@ class Spans:
             instrumentation_scope=_SCOPE,
         )
 
+    def _signal(self, signal: Signal, answer: Interaction) -> ReadableSpan:
+        at = int(signal.at * 1e9)
+        attributes = {name: v for name, read in _SIGNAL.items() if (v := read(signal, answer)) is not None}
+        known = hashlib.blake2b(f"{signal.tenant}\x1f{signal.event_id}".encode(), digest_size=24).digest()
+        trace_id, span_id = int.from_bytes(known[:16], "big"), int.from_bytes(known[16:], "big")
+        return ReadableSpan(
+            name=f"signal {signal.kind}",
+            context=SpanContext(trace_id, span_id, False, TraceFlags(1)),  # the same for a signal that is sent again
+            resource=self._resource,
+            attributes=attributes,
+            events=(Event(_EVALUATION, attributes, at),),
+            links=(Link(_context(answer)),),
+            kind=SpanKind.INTERNAL,
+            status=Status(StatusCode.UNSET),
+            start_time=at,
+            end_time=at,
+            instrumentation_scope=_SCOPE,
+        )
+
     def close(self) -> None:
         """Send what is queued, for at most a few seconds."""
+        self._thread.shutdown()
         self._processor.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _context(fact: Interaction) -> SpanContext:
+    return SpanContext(int(fact.trace_id or "1", 16), int(fact.span_id or "1", 16), False, TraceFlags(1))

@@ -1,16 +1,23 @@
 """How much of a prompt and an answer is kept: all of it, redacted, or nothing.
 
 The recognisers know shapes, and checksums where a shape has one (card numbers: Luhn, ISO/IEC 7812-1). They err
-towards removing: a number that passes as a card number goes.
+towards removing: a number that passes as a card number goes. Other recognisers (Presidio's, say) can run over what is
+kept, before it is trained on: `redact` is all that they need to be called like.
+
+Which policy holds for an answer is decided by its route, its tenant and what its user agreed to (`Captures`). What was
+kept goes when it is too old (`stripped`) or its user asks for it (`forgotten`); the numbers that came of it stay.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+
+from telemetry.events import Fact, Interaction
 
 # Quantifiers before something that may be missing are bounded: a text may be an image of a megabyte in base64.
 _UUID = r"(?P<uuid>\b[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}\b)"
@@ -20,6 +27,7 @@ _PATTERNS = {
         r"\b(?:(?:sk|pk|rk|us|ghp|gho|github_pat|xox[abprs]|hf|glpat)[-_][A-Za-z0-9_-]{16,}"
         r"|AKIA[0-9A-Z]{16}|eyJ[\w-]{8,2000}\.[\w-]{8,}\.[\w-]{8,})"
     ),
+    "iban": re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"),
     "card": re.compile(rf"{_UUID}|(?<!\d)\d(?:[ -]?\d){{12,}}"),
     "phone": re.compile(rf"{_UUID}|(?<![\w.])\+?\(?\d{{1,4}}\)?(?:[ .-]?\(?\d{{2,4}}\)?){{2,5}}(?![\w.]{{0,40}}\d)"),
 }
@@ -83,7 +91,26 @@ def _digits(text: str) -> str:
     return "".join(filter(str.isdigit, text))
 
 
-_MASKS = {"card": _mask_cards, "phone": _mask_phones}
+def _mask_ibans(match: re.Match[str]) -> str:
+    """An account number by its check digits (ISO 13616: mod 97 of it rearranged is 1); letters after it are kept."""
+    parts = match[0].split(" ")
+    for end in range(len(parts), 0, -1):
+        whole = "".join(parts[:end])
+        if 15 <= len(whole) <= 34 and int("".join(str(int(c, 36)) for c in whole[4:] + whole[:4])) % 97 == 1:
+            return " ".join(["[iban]", *parts[end:]])
+    return match[0]
+
+
+_MASKS = {"card": _mask_cards, "phone": _mask_phones, "iban": _mask_ibans}
+
+
+Level = Literal["full", "redacted", "off"]
+LEVELS: tuple[Level, ...] = ("full", "redacted", "off")
+"""How much text is kept, from all to none."""
+Recogniser = Literal["email", "phone", "card", "key", "iban"]
+RECOGNISERS: tuple[Recogniser, ...] = ("email", "phone", "card", "key", "iban")
+CONSENTED = (None, "serve", "train")
+"""What a user may have agreed to so that text is kept at all; None is an app that does not say."""
 
 
 class Kept(NamedTuple):
@@ -98,8 +125,8 @@ class Kept(NamedTuple):
 class Capture:
     """The capture policy. `text`: full, redacted or off; `redact`: names of recognisers."""
 
-    text: Literal["full", "redacted", "off"] = "full"
-    redact: tuple[str, ...] = ("email", "phone", "card", "key")
+    text: Level = "full"
+    redact: tuple[Recogniser, ...] = RECOGNISERS
 
     def keep(
         self, messages: msgspec.Raw | None, answer: str, tool_calls: list[dict[str, Any]]
@@ -137,3 +164,56 @@ class Capture:
         if isinstance(value, dict):
             return {key: self._walk(item, found) for key, item in value.items()}
         return value
+
+
+@dataclass(frozen=True, slots=True)
+class Captures:
+    """The capture policies of all routes and tenants.
+
+    `default` holds where nothing else is written; of what is written for a route and for a tenant, the stricter.
+    """
+
+    default: Capture = field(default_factory=Capture)
+    routes: Mapping[str, Level] = field(default_factory=dict)
+    tenants: Mapping[str, Level] = field(default_factory=dict)
+
+    def of(self, route: str, tenant: str, consent: str | None) -> Capture:
+        """What may be kept of an answer, and of what is said about it."""
+        if consent not in CONSENTED:
+            return Capture("off")
+        if not self.routes and not self.tenants:
+            return self.default
+        written = [level for level in (self.routes.get(route), self.tenants.get(tenant)) if level is not None]
+        return Capture(strictest(written), self.default.redact) if written else self.default
+
+    def of_any(self, answers: Iterable[tuple[str, str | None]], tenant: str) -> Capture:
+        """What may be kept of a text about several answers, (route, consent) each; or about one not known yet."""
+        about = list(answers) or [(route, None) for route in ("", *self.routes)]
+        levels = [self.of(route, tenant, consent).text for route, consent in about]
+        return Capture(strictest(levels), self.default.redact)
+
+
+def strictest(levels: Iterable[Level]) -> Level:
+    return max(levels, key=LEVELS.index)
+
+
+def stripped(fact: Fact) -> Fact:
+    """`fact` without any text that people or models wrote."""
+    if isinstance(fact, Interaction):
+        if fact.messages is None and fact.answer is None and fact.tool_calls is None:
+            return fact
+        return msgspec.structs.replace(fact, messages=None, answer=None, tool_calls=None, redacted=("gone",))
+    return msgspec.structs.replace(fact, text=None, target=fact.target if fact.kind == "comparison" else None)
+
+
+def forgotten(fact: Fact, nobody: str) -> Fact:
+    """`fact` without text and without what could lead back to its user, in whose place stands `nobody`.
+
+    Arm, times, sizes, and what was good or bad stay, so what was learned from it can still be counted anew.
+    """
+    bare = stripped(fact)
+    if isinstance(bare, Interaction):
+        return msgspec.structs.replace(
+            bare, user=nobody, task_id=None, retrieval_ids=(), country=None, input_hash=None, thread=None, previous=None
+        )
+    return msgspec.structs.replace(bare, subject=nobody)

@@ -77,7 +77,7 @@ def detect(
     """
     if new.sdk_retry:
         return []
-    found = [*_stopped(new), *_escalated(new, rules)]
+    found = [*_stopped(new), *_escalated(new, earlier, rules)]
     if earlier is not None and _may_judge(new, earlier):
         found += _about(earlier, new, session, rules)
     return found
@@ -218,7 +218,11 @@ def _stopped(new: Interaction) -> Iterator[Signal]:
         yield _signal(STOP, "stop", new, new, "the client left in the middle of the answer", 0.9)
 
 
-def _escalated(new: Interaction, rules: Rules) -> Iterator[Signal]:
+def _escalated(new: Interaction, earlier: Interaction | None, rules: Rules) -> Iterator[Signal]:
+    if new.escalated:
+        about = earlier if earlier is not None and _may_judge(new, earlier) else new
+        yield _signal(ESCALATION, "escalation", new, about, "the app handed the conversation to a person", 1.0)
+        return
     calls = new.tool_calls if rules.escalation_tools and isinstance(new.tool_calls, list) else []
     if any(isinstance(call, dict) and call.get("name") in rules.escalation_tools for call in calls):
         yield _signal(ESCALATION, "escalation", new, new, "the answer called a tool that hands over to a person", 1.0)

@@ -203,8 +203,10 @@ def gateway(tmp_path: Path) -> Iterator[MakeGateway]:
             "timeouts": {"connect": "1s", "first_byte": "5s", "idle": "5s"} | options.pop("timeouts", {}),
             "policy": {"kind": "thompson", "refresh": "50ms"} | options.pop("policy", {}),
         }
+        route |= options.pop("route", {})
         if "reward" in options:
             route["reward"] = options.pop("reward")
+        options["auth"] = {"feedback_per_minute": 1e6} | options.get("auth", {})
         config = tmp_path / f"understudy-{len(made)}.yaml"
         state = options.pop("state", f"sqlite:////{str(tmp_path).lstrip('/')}/state-{len(made)}.db")
         config.write_text(yaml.safe_dump({"state": state, "routes": {ROUTE: route}} | options, sort_keys=False))

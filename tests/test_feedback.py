@@ -327,14 +327,14 @@ def test_a_forged_or_expired_token_is_401(gateway: MakeGateway, fake: FakeVllm, 
     claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
     forged = [*claims[:2], "someone-else", *claims[3:]]
     with gw.store() as store:
-        secret = store.secret("signing", b"")
-    old = TokenSigner({"k1": secret}).issue(fact.tenant, fact.request_id, None, time.time() - 8 * 86400)
+        secret = store.secret("tokens:0", b"")
+    old = TokenSigner({"0": secret}).issue(fact.tenant, fact.request_id, None, time.time() - 8 * 86400)
     broken = {
         "junk": "junk",
         "empty parts": ".",
         "changed": f"{b64(json.dumps(forged).encode())}.{mac}",
         "re-signed": f"{payload}.{b64(hashlib.sha256(b'guess').digest()[:16])}",
-        "other key id": TokenSigner({"k2": secret}).issue(fact.tenant, fact.request_id, None, time.time()),
+        "other key id": TokenSigner({"7": secret}).issue(fact.tenant, fact.request_id, None, time.time()),
         "expired": old,
         "not ascii": "\xe9.\xe9",
     }[how]

@@ -767,7 +767,8 @@ def test_what_is_no_http_is_a_400(house: House, sent: bytes) -> None:
     [
         ("GET", "/v1/chat/completions", 405, "POST"),
         ("DELETE", "/v1/responses", 405, "POST"),
-        ("PUT", "/v1/feedback", 405, "POST"),
+        ("PUT", "/v1/feedback", 405, "POST, OPTIONS"),
+        ("DELETE", "/v1/feedback/x", 405, "GET, OPTIONS"),
         ("POST", "/v1/models", 405, "GET"),
         ("POST", "/v1/nothing", 404, None),
         ("POST", "/v1/chat/completions/", 404, None),

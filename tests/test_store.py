@@ -302,6 +302,11 @@ def test_a_secret_is_made_once_though_many_ask(opened: Open) -> None:
         thread.join()
     assert len(found) == 8
     assert len(set(found)) == 1
+    stores[0].secret("other", b"x")
+    assert stores[1].secrets() == {"signing": found[0], "other": b"x"}
+    stores[2].drop_secret("signing")
+    stores[2].drop_secret("signing")
+    assert stores[1].secrets() == {"other": b"x"}
 
 
 WRITER = """
@@ -352,6 +357,8 @@ def test_redis_away_is_said_by_every_call_and_it_works_again_when_back() -> None
             lambda: store.put_key(new_key("acme", "app", NOW)[1]),
             store.list_keys,
             lambda: store.secret("signing", b"x"),
+            store.secrets,
+            lambda: store.drop_secret("signing"),
         ]
         for call in calls:
             began = time.monotonic()

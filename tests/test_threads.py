@@ -230,3 +230,21 @@ def test_links_are_found_though_no_text_is_kept(gateway: MakeGateway, fake: Fake
     one, two = gw.wait_interactions(2)
     assert (one.messages, one.answer) == (None, None)
     assert found(one, two) == one.request_id
+
+
+def test_an_edit_is_heard_though_the_conversation_begins_otherwise(gateway: MakeGateway, fake: FakeVllm) -> None:
+    """Apps write the time of day into the system prompt, so the second request looks like another session's."""
+    gw = gateway(fake, reward={"window": "1s"})
+
+    def clock(time: str) -> dict[str, str]:
+        return {"role": "system", "content": f"You help. It is {time}."}
+
+    question = user("What is the capital of Australia?")
+    first = gw.chat(messages=[clock("12:00"), question]).json()
+    answer = first["choices"][0]["message"]["content"]
+    gw.interaction(1)
+    gw.chat(messages=[clock("12:01"), question, said(answer), user("No, that is wrong. Try again!")])
+    signal = eventually(lambda: gw.signals("complaint"))[0]
+    one, two = gw.wait_interactions(2)
+    assert one.session != two.session
+    assert signal.response_id == one.request_id

@@ -71,12 +71,56 @@ def parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "Check the config, the state, the port and every upstream.")
     rebuild = command("rebuild", _rebuild, "Count the journal anew and compare with the store; exit 1 if they differ.")
     rebuild.add_argument("--write", action="store_true", help="put it in the store's place; `serve` must be stopped")
+    _add_signals(command)
     _add_config(commands)
     _add_keys(commands)
+    _add_feedback(commands)
     _add_ope(commands)
     _add_replay(commands)
     _add_demo(commands)
     return top
+
+
+def _add_signals(command: Callable[..., argparse.ArgumentParser]) -> None:
+    signals = command("signals", _signals, "The newest signals and the answers that they are about.")
+    signals.add_argument("--since", type=_span, default="1d", metavar="SPAN", help="not older than this (default: 1d)")
+    signals.add_argument("--kind", help="of this kind only")
+    signals.add_argument("--limit", type=int, default=50, help="at most so many (default: %(default)s)")
+    signals.add_argument("--text", action="store_true", help="with what people wrote; this is put on record")
+    forget = command("forget", _forget, "Erase a user's texts and names from the journal. The sums learned stay.")
+    forget.add_argument("--user", required=True, help="by the name that the app gives them")
+    forget.add_argument("--tenant", default="default", help="whose user it is (default: default)")
+
+
+def _add_feedback(commands: Any) -> None:
+    about = commands.add_parser("feedback", help="Send feedback to a running gateway.")
+    verbs = about.add_subparsers(metavar="send", required=True)
+    send = verbs.add_parser("send", help="Send one item; exit 1 if it is refused.")
+    send.set_defaults(run=_feedback_send)
+    send.add_argument("--base-url", default="http://127.0.0.1:4000/v1", help="the gateway's (default: %(default)s)")
+    send.add_argument("--api-key", help="if the gateway requires one")
+    send.add_argument("--tenant", help="for a gateway without keys, or with an admin's")
+    names = send.add_mutually_exclusive_group(required=True)
+    names.add_argument("--response-id", help="the answer's `id`, or the request's")
+    names.add_argument("--trace-id", help="its trace")
+    names.add_argument("--session-id", help="a whole session, by the app's name for it")
+    send.add_argument("--kind", required=True, help="thumb, rating, correction, comment, outcome, …")
+    send.add_argument("--value", type=_json_value, help="JSON, or a word: true, 4, copied")
+    for name, help in (
+        ("name", "an outcome's"),
+        ("text", "a comment's or a correction's"),
+        ("user", "who says it"),
+        ("event-id", "sent again, it counts once"),
+    ):
+        send.add_argument(f"--{name}", help=help)
+    _json_option(send)
+
+
+def _json_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _add_config(commands: Any) -> None:
@@ -96,15 +140,19 @@ def _add_config(commands: Any) -> None:
 
 
 def _add_keys(commands: Any) -> None:
-    about = commands.add_parser("keys", help="Make, list and revoke the API keys of apps.")
-    verbs = about.add_subparsers(metavar="create|list|revoke", required=True)
+    about = commands.add_parser("keys", help="Make, list and revoke API keys of apps; rotate what signs their tokens.")
+    verbs = about.add_subparsers(metavar="create|list|revoke|rotate", required=True)
     create = verbs.add_parser("create", help="Make a key; it is shown once.")
     create.add_argument("--tenant", default="default", help="whose traffic it carries (default: default)")
     create.add_argument("--role", choices=("app", "admin"), default="app", help="admins see and name arms")
+    create.add_argument("--text", action="store_true", help="may read what people wrote; each time is put on record")
     listing = verbs.add_parser("list", help="List keys, never their secrets.")
     revoke = verbs.add_parser("revoke", help="Make a key invalid, within the routes' refresh time.")
     revoke.add_argument("id", help="as `keys list` shows it")
-    for verb, run in ((create, _keys_create), (listing, _keys_list), (revoke, _keys_revoke)):
+    help = "Make a new key that signs feedback tokens. Tokens of the last one stay valid, those before become invalid."
+    rotate = verbs.add_parser("rotate", help=help, description=help)
+    pairs = ((create, _keys_create), (listing, _keys_list), (revoke, _keys_revoke), (rotate, _keys_rotate))
+    for verb, run in pairs:
         verb.set_defaults(run=run)
         _config_option(verb)
         _json_option(verb)
@@ -309,9 +357,9 @@ def _config_explain(arguments: Arguments) -> int:
 def _keys_create(arguments: Arguments) -> int:
     from gateway.auth import new_key
 
-    secret, key = new_key(arguments.tenant, arguments.role, time.time())
+    secret, key = new_key(arguments.tenant, arguments.role, time.time(), arguments.text)
     _store(arguments).put_key(key)
-    data = {"id": key.id, "tenant": key.tenant, "role": key.role, "key": secret}
+    data = {"id": key.id, "tenant": key.tenant, "role": key.role, "text": key.text, "key": secret}
     _print(arguments, data, lambda: print(f"{secret}\n{key.id} for tenant {key.tenant}: shown this once, keep it safe"))
     return 0
 
@@ -320,7 +368,7 @@ def _keys_list(arguments: Arguments) -> int:
     from understudy import show
 
     rows = [
-        {"id": k.id, "tenant": k.tenant, "role": k.role, "created": k.created, "revoked": k.revoked}
+        {"id": k.id, "tenant": k.tenant, "role": k.role, "text": k.text, "created": k.created, "revoked": k.revoked}
         for k in _store(arguments).list_keys()
     ]
     _print(arguments, rows, lambda: show.keys(rows))
@@ -338,6 +386,61 @@ def _keys_revoke(arguments: Arguments) -> int:
             return 0
     print(f"understudy: no key {arguments.id}; `understudy keys list` shows them", file=sys.stderr)
     return 1
+
+
+def _keys_rotate(arguments: Arguments) -> int:
+    from gateway.auth import rotate_tokens
+
+    try:
+        names = rotate_tokens(_store(arguments), time.time())
+    except ValueError as error:
+        print(f"understudy: {error}", file=sys.stderr)
+        return 1
+    data = {"signs_next": names[0], "still_valid": names[1:]}
+    _print(arguments, data, lambda: print("a new key signs feedback tokens within a minute; the last one stays valid"))
+    return 0
+
+
+def _signals(arguments: Arguments) -> int:
+    import getpass
+
+    from telemetry.journal import Journal
+    from understudy import heard, show
+
+    journal = Journal(config.load(arguments.config).journal_path)
+    now = time.time()
+    if arguments.text:
+        journal.note_read(now, f"{getpass.getuser()} at the command line", f"signals of {arguments.since:g} s")
+    rows = heard.newest(journal, now - arguments.since, arguments.limit, arguments.kind, text=arguments.text)
+    _print(arguments, rows, lambda: show.signals(rows))
+    return 0
+
+
+def _forget(arguments: Arguments) -> int:
+    from understudy import show
+    from understudy.forget import forget
+
+    _, store, journal = _opened(arguments)
+    found = forget(journal, store, arguments.tenant, arguments.user).shown()
+    _print(arguments, found, lambda: show.summary(found))
+    return 0
+
+
+def _feedback_send(arguments: Arguments) -> int:
+    from understudy.send import send
+
+    names = ("response_id", "trace_id", "session_id", "kind", "value", "name", "text", "user", "event_id")
+    item = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    try:
+        status, said = send(arguments.base_url, item, arguments.api_key, arguments.tenant)
+    except OSError as error:
+        print(f"understudy: {arguments.base_url} cannot be reached: {error}", file=sys.stderr)
+        return 1
+    if status != 202:
+        print(f"understudy: refused with {status}: {said['error']['message']}", file=sys.stderr)
+        return 1
+    _print(arguments, said, lambda: print(f"taken as {said['ids'][0]}"))
+    return 0
 
 
 def _store(arguments: Arguments) -> Store:

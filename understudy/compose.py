@@ -15,7 +15,7 @@ from router.store import Store
 from router.store_redis import RedisStore
 from router.store_sqlite import SqliteStore
 from telemetry.journal import Journal
-from telemetry.privacy import Capture
+from telemetry.privacy import Capture, Captures
 from understudy.settings import Settings
 
 
@@ -53,8 +53,14 @@ def build_gateway(settings: Settings) -> Starlette:
             refresh={name: route.policy.refresh for name, route in settings.routes.items()},
             store=open_store(settings),
             journal=settings.journal_path,
-            capture=Capture(settings.capture.text, tuple(settings.capture.redact)),
+            captures=Captures(
+                Capture(settings.capture.text, settings.capture.redact),
+                {name: route.capture for name, route in settings.routes.items() if route.capture is not None},
+                settings.capture.tenants,
+            ),
+            rewards={name: route.reward for name, route in settings.routes.items()},
             require_key=settings.auth.require_key,
+            feedback_per_minute=settings.auth.feedback_per_minute,
             max_body=settings.listen.max_body,
             otel_endpoint=settings.otel.endpoint,
         )

@@ -23,6 +23,7 @@ import uvicorn
 
 from gateway.http import protocol
 from telemetry.errors import StateError, StateUnavailable
+from telemetry.retention import keep_to
 from understudy.compose import build_controller, build_gateway, open_store
 from understudy.settings import Settings, load
 
@@ -144,6 +145,8 @@ def _controller(parent: int, config: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _leave_with(parent)
     owner = f"{socket.gethostname()}:{os.getpid()}"
+    aging = (settings.journal_path, settings.capture.retention, stopping)
+    threading.Thread(target=keep_to, args=aging, name="retention", daemon=True).start()
     build_controller(settings, owner).run(stopping)
 
 

@@ -33,6 +33,7 @@ from router.policy import (
     fault,
     least_share,
 )
+from telemetry.privacy import RECOGNISERS, Level, Recogniser
 from understudy.config_text import ConfigError, Problem, dotted, problems_of, read
 
 __all__ = [
@@ -144,19 +145,23 @@ class Admin(Written):
 class Capture(Written):
     """Which text is kept."""
 
-    text: Literal["full", "redacted", "off"] = Field(
+    text: Level = Field(
         "full", description="Keep prompts and answers as they are, with personal data masked, or not at all."
     )
     retention: PositiveDuration = Field(30 * 86400.0, description="How long text is kept.")
-    redact: tuple[Literal["email", "phone", "card", "key"], ...] = Field(
-        ("email", "phone", "card", "key"), description="What is masked where text is redacted."
+    redact: tuple[Recogniser, ...] = Field(RECOGNISERS, description="What is masked where text is redacted.")
+    tenants: FrozenMap[Name, Level] = Field(
+        default={}, description="Text kept of a tenant; where its route says something too, the stricter holds."
     )
 
 
 class Auth(Written):
-    """Who may send requests."""
+    """Who may send requests, and how much feedback."""
 
     require_key: bool = Field(False, description="Refuse requests without a key made by `understudy keys create`.")
+    feedback_per_minute: float = Field(
+        120.0, gt=0, description="Items that one user may give, or that may be given on one answer, at each worker."
+    )
 
 
 class Otel(Written):
@@ -199,6 +204,7 @@ class Route(Written):
     ] = Field((), description="Servers that each serve every arm: URLs, or {url, api_key}.")
     arms: FrozenMap[Name, Arm] = Field(min_length=1, description="Candidates by name; at least one.")
     timeouts: Timeouts = Field(default_factory=Timeouts, description="How long an upstream may take.")
+    capture: Level | None = Field(None, description="Text kept on this route; null for capture.text.")
     reward: Reward = Field(default_factory=Reward, description="How a session's signals become one number.")
     policy: Policy = Field(default_factory=Thompson, description="How an arm is picked for a session.")
     rollout: Rollout | None = Field(None, description="How a challenger earns traffic; null for no rollouts.")
@@ -385,8 +391,6 @@ def accepted_but_unused(settings: Settings) -> list[str]:
 
     if sets(settings, "archive"):
         note("archive", "facts stay in the journal")
-    if sets(settings.capture, "retention"):
-        note("capture.retention", "kept text is not deleted by age")
     if sets(settings, "admin"):
         note("admin", "no admin listener is opened")
     for name, route in settings.routes.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -175,12 +175,26 @@ def explained(rows: Iterable[Explained], newcomers: Iterable[Mapping[str, Any]])
 
 def keys(rows: Iterable[Mapping[str, Any]]) -> None:
     table = Table()
-    for name in ("id", "tenant", "role", "created", "revoked"):
+    for name in ("id", "tenant", "role", "may read text", "created", "revoked"):
         table.add_column(name)
     for row in rows:
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
-        table.add_row(row["id"], row["tenant"], row["role"], created, "yes" if row["revoked"] else "")
+        text, revoked = ("yes" if row[name] else "" for name in ("text", "revoked"))
+        table.add_row(row["id"], row["tenant"], row["role"], text, created, revoked)
     console.print(table)
+
+
+def signals(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line each: when, what, of which answer of which arm, from where, and why or in which words."""
+    for row in rows:
+        at = time.strftime("%m-%d %H:%M:%S", time.localtime(row["at"]))
+        what = row["kind"] if row["value"] is None else f"{row['kind']} {row['value']:g}"
+        by = f"{row['route']}/{row['arm']}" if row["arm"] else "no answer known"
+        why = " ".join(filter(None, (row["name"], row["reason"], row.get("text"))))
+        line = f"{at}  {what:<14}  {by:<20}  {row['answer'] or '':<32}  {row['source']:<8}  {why}"
+        console.print(escape(line.rstrip()), soft_wrap=True, highlight=False)
+    if not rows:
+        console.print("nothing was heard in this time")
 
 
 def summary(found: Mapping[str, Any]) -> None:

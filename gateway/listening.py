@@ -1,0 +1,185 @@
+"""The endpoints of feedback: POST /v1/feedback takes it, GET /v1/feedback/{response_id} says what has come so far.
+
+A page of any origin may call them: what it says is vouched for by the answer's token or by a key, never by a cookie.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import parse_qs
+
+from gateway.asgi import ClientLeft, Receive, Scope, Send, read_body, send_error, send_json
+from gateway.auth import Caller, KeyRing, tenant_of
+from gateway.feedback import Desk, Item, Problem, read_items, to_signal
+from gateway.metrics import Metrics
+from gateway.openai import ApiError
+from gateway.summary import summary
+from router.policy import Reward
+from telemetry.errors import StateError, UnderstudyError
+from telemetry.events import Interaction, Signal
+from telemetry.journal import Journal, JournalWriter
+
+PATH = "/v1/feedback"
+TOKEN = b"x-understudy-feedback-token"
+
+ANY_ORIGIN = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"retry-after")]
+_PREFLIGHT = [
+    *ANY_ORIGIN,
+    (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+    (b"access-control-allow-headers", b"authorization, content-type, x-understudy-tenant, " + TOKEN),
+    (b"access-control-max-age", b"86400"),
+]
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ears:
+    """What every way in for signals needs. Facts are looked up in `thread` only, so no request waits for the disk."""
+
+    keys: KeyRing
+    desk: Desk
+    writer: JournalWriter
+    reader: Journal
+    thread: ThreadPoolExecutor
+    metrics: Metrics
+    max_body: int
+    told: Callable[[Sequence[Signal]], None]
+    """Hears of the signals once they are on disk."""
+
+    def caller(self, headers: Mapping[bytes, bytes]) -> Caller:
+        """Who speaks, for the tenant that it speaks for. Raises `ApiError` 401."""
+        caller = self.keys.caller(headers.get(b"authorization", b""))
+        return replace(caller, tenant=tenant_of(caller, headers))
+
+    def refused(self, problem: Problem) -> None:
+        self.metrics.feedback_refused.labels(problem.code or "invalid").inc()
+
+    async def keep(self, signals: Sequence[Signal]) -> None:
+        """On return the signals are on disk. Raises `StateError` if they cannot be."""
+        if signals:
+            await self.writer.put_durably(signals)
+        for signal in signals:
+            self.metrics.signals.labels(signal.kind, signal.source).inc()
+        self.told(signals)
+
+
+class Listening:
+    """The two endpoints. `rewards`: each route's terms, for the summary."""
+
+    def __init__(self, ears: Ears, rewards: Mapping[str, Reward]) -> None:
+        self._ears = ears
+        self._rewards = rewards
+
+    async def post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """202 once all that was accepted is on disk; a single bad item, or nothing but bad ones, is an error."""
+        headers = dict(scope["headers"])
+        loop = asyncio.get_running_loop()
+        try:
+            items = read_items(await read_body(headers, receive, self._ears.max_body))
+            judged = await loop.run_in_executor(self._ears.thread, self._judge, items, headers, time.time())
+            problems = [p for p in judged if isinstance(p, Problem)]
+            signals = [s for s in judged if isinstance(s, Signal)]
+            if problems and not signals:
+                raise _refusal(problems[0], among=len(judged))
+            await self._ears.keep(signals)
+        except ApiError as error:
+            await send_error(send, error, ANY_ORIGIN)
+            return
+        except UnderstudyError as error:
+            await send_error(send, _later(error), ANY_ORIGIN)
+            return
+        except ClientLeft:
+            return
+        body: dict[str, Any] = {"accepted": len(signals), "ids": [signal.event_id for signal in signals]}
+        if problems:
+            body["errors"] = problems
+        wait = max((p.retry_after for p in problems if p.retry_after is not None), default=None)
+        more = [] if wait is None else [(b"retry-after", b"%d" % wait)]
+        await send_json(send, 202, body, ANY_ORIGIN + more)
+
+    def _judge(
+        self, items: Sequence[Item | Problem], headers: Mapping[bytes, bytes], now: float
+    ) -> list[Signal | Problem]:
+        """Runs in the thread. Raises `StateError` if the journal cannot be read."""
+        try:
+            caller: Caller | None = self._ears.caller(headers)
+        except ApiError:
+            caller = None  # then a token must speak
+        token = headers.get(TOKEN, b"").decode("latin-1") or None
+        judged = [
+            item if isinstance(item, Problem) else to_signal(index, item, caller, token, self._ears.desk, now)
+            for index, item in enumerate(items)
+        ]
+        for one in judged:
+            if isinstance(one, Problem):
+                self._ears.refused(one)
+        return judged
+
+    async def get(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The summary of an answer, for its tenant's keys and whoever holds its token.
+
+        With `?text=1` also what people wrote, for keys that may read it; each time is put on record.
+        """
+        name = scope["path"][len(PATH) + 1 :]
+        text = parse_qs(scope["query_string"].decode("latin-1")).get("text", ["0"])[-1] in ("1", "true")
+        loop = asyncio.get_running_loop()
+        try:
+            work = (name, dict(scope["headers"]), text, time.time())
+            found = await loop.run_in_executor(self._ears.thread, self._summary, *work)
+        except ApiError as error:
+            await send_error(send, error, ANY_ORIGIN)
+        except StateError as error:
+            await send_error(send, _later(error), ANY_ORIGIN)
+        else:
+            await send_json(send, 200, found, ANY_ORIGIN)
+
+    def _summary(self, name: str, headers: Mapping[bytes, bytes], text: bool, now: float) -> dict[str, Any]:
+        """Runs in the thread."""
+        reader, desk = self._ears.reader, self._ears.desk
+        said = headers.get(TOKEN, b"").decode("latin-1")
+        claims = desk.tokens.verify(said, now) if said else None
+        caller = None if claims else self._ears.caller(headers)
+        tenant = claims.tenant if claims else caller.tenant  # type: ignore[union-attr]
+        if text and (caller is None or not caller.text):
+            raise ApiError(
+                403,
+                "what people wrote may be read with a key of its own only (`understudy keys create --text`)",
+                type="permission_error",
+                code="forbidden",
+            )
+        answers = desk.answers(Signal(event_id="", at=0, kind="", tenant=tenant, response_id=name))
+        if claims and answers and answers[-1].request_id != claims.request_id:
+            raise ApiError(
+                403, "the feedback token is for another answer", type="permission_error", code="wrong_answer"
+            )
+        if not answers:
+            message = f"no answer {name[:100]!r} is known here; it may not be journaled yet, or be another tenant's"
+            raise ApiError(404, message, code="not_found")
+        answer: Interaction = answers[-1]
+        session = [i for _, i in reader.interactions_of(answer.tenant, answer.session) if i.route == answer.route]
+        if text and caller:
+            reader.note_read(now, caller.id, f"feedback of {answer.request_id}")
+        terms = self._rewards.get(answer.route, Reward())
+        return summary(answer, session, reader.signals_about(session), terms, now, text=text)
+
+    async def preflight(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What a browser asks before it sends (the Fetch standard's CORS preflight)."""
+        await send({"type": "http.response.start", "status": 204, "headers": _PREFLIGHT})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def _refusal(problem: Problem, among: int) -> ApiError:
+    where = f"item {problem.index}: " if among > 1 else ""
+    kind = _TYPES.get(problem.status, "invalid_request_error")
+    again = () if problem.retry_after is None else ((b"retry-after", b"%d" % problem.retry_after),)
+    message = where + problem.message
+    return ApiError(problem.status, message, type=kind, param=problem.param, code=problem.code, headers=again)
+
+
+def _later(error: UnderstudyError) -> ApiError:
+    return ApiError(503, f"{error}; send it again", type="server_error", headers=((b"retry-after", b"1"),))

@@ -1,0 +1,158 @@
+"""POST /v1/traces and /v1/logs: signals from apps that speak OpenTelemetry (OTLP/HTTP; see `telemetry.otlp`).
+
+authenticate → read → in one thread, so that telemetry costs requests neither the loop nor more than one unpacked
+body: unpack, decode, judge as feedback is judged → journal → 200 once all that was accepted is on disk. What
+cannot be taken is counted and named in a partial success, which senders do not send again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from dataclasses import dataclass
+
+import msgspec
+
+from gateway.asgi import ClientLeft, Receive, Scope, Send, read_body
+from gateway.auth import Caller
+from gateway.feedback import Item, Problem, to_signal
+from gateway.listening import Ears
+from gateway.openai import ApiError
+from telemetry.errors import Invalid, UnderstudyError
+from telemetry.events import Signal
+from telemetry.otlp import Encoding, Said, Service, answer, read, status
+
+_TYPES: dict[bytes, Encoding] = {b"application/x-protobuf": "protobuf", b"application/json": "json"}
+_WINDOWS = {b"gzip": 31, b"deflate": 15}
+"""Content encoding → `wbits` of zlib."""
+_CODES = {401: 16, 403: 7, 408: 4, 413: 8, 503: 14}
+"""HTTP status → google.rpc.Code; all others are INVALID_ARGUMENT."""
+_REASONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    signals: list[Signal]
+    rejected: int
+    why: str
+
+
+class Receiver:
+    """The two endpoints."""
+
+    def __init__(self, ears: Ears) -> None:
+        self._ears = ears
+
+    async def serve(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one export request; an ASGI endpoint."""
+        headers = dict(scope["headers"])
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        encoding = _TYPES.get(kind, "json")
+        try:
+            packing = _packing(headers.get(b"content-encoding", b""))
+            if kind not in _TYPES:
+                raise ApiError(415, "send application/x-protobuf or application/json")
+            caller = self._ears.caller(headers)
+            body = await read_body(headers, receive, self._ears.max_body)
+            work = (service, encoding, packing, body, caller, time.time())
+            taken = await asyncio.get_running_loop().run_in_executor(self._ears.thread, self._take, *work)
+            await self._ears.keep(taken.signals)
+        except ApiError as error:
+            await _refuse(send, encoding, error)
+            return
+        except UnderstudyError as error:
+            again = ((b"retry-after", b"1"),)
+            await _refuse(send, encoding, ApiError(503, f"{error}; send it again", headers=again))
+            return
+        except ClientLeft:
+            return
+        await _send(send, 200, encoding, answer(service, encoding, taken.rejected, taken.why))
+
+    def _take(
+        self, service: Service, encoding: Encoding, packing: int | None, body: bytes, caller: Caller, now: float
+    ) -> _Taken:
+        """Runs in the thread. Raises `ApiError` 400 or 413, and `StateError` if the journal cannot be read."""
+        try:
+            records = read(service, encoding, body if packing is None else unpacked(body, packing, self._ears.max_body))
+        except Invalid as error:
+            raise ApiError(400, str(error)) from None
+        signals: list[Signal] = []
+        problems: list[tuple[Said, Problem]] = []
+        for said in records:
+            judged = self._judge(said, caller, now)
+            if isinstance(judged, Signal):
+                signals.append(judged)
+            else:
+                problems.append((said, judged))
+                self._ears.refused(judged)
+        reasons = [f"{said.place}: {problem.message}" for said, problem in problems[:_REASONS]]
+        more = [f"and {len(problems) - _REASONS} more"] if len(problems) > _REASONS else []
+        return _Taken(signals, len({said.index for said, _ in problems}), "; ".join(reasons + more))
+
+    def _judge(self, said: Said, caller: Caller, now: float) -> Signal | Problem:
+        try:
+            item = msgspec.convert(said.fields, Item)
+        except msgspec.ValidationError as error:
+            return Problem(said.index, str(error))
+        judged = to_signal(said.index, item, caller, None, self._ears.desk, now)
+        if isinstance(judged, Problem):
+            return judged
+        return msgspec.structs.replace(self._exact(judged, said.spans), source="otlp")
+
+    def _exact(self, signal: Signal, spans: frozenset[str]) -> Signal:
+        """The signal by its answer's own name, where its trace holds several answers and one has such a span."""
+        if signal.trace_id is None or not spans:
+            return signal
+        answers = [fact for _, fact in self._ears.reader.answers(signal)]
+        named = [fact for fact in answers if fact.span_id in spans] or [
+            fact for fact in answers if fact.parent_span_id in spans
+        ]
+        if len(answers) < 2 or len(named) != 1:
+            return signal
+        return msgspec.structs.replace(signal, response_id=named[0].request_id)
+
+
+def unpacked(body: bytes, window: int, limit: int) -> bytes:
+    """`body` decompressed (RFC 1950, or 1952 with all of its members). Raises `ApiError` 400, or 413 over `limit`.
+
+    No more than `limit` + 1 bytes are ever made, whatever the body would become.
+    """
+    parts: list[bytes] = []
+    room = limit + 1
+    while body:
+        inflate = zlib.decompressobj(window)
+        try:
+            parts.append(inflate.decompress(body, room))
+        except zlib.error as error:
+            raise ApiError(400, f"the body cannot be decompressed: {error}") from None
+        room -= len(parts[-1])
+        if room <= 0:
+            raise ApiError(413, f"decompressed, the body is larger than {limit} bytes, the limit (`listen.max_body`)")
+        if not inflate.eof:
+            raise ApiError(400, "the body cannot be decompressed: it ends too early")
+        body = inflate.unused_data
+    return b"".join(parts)
+
+
+def _packing(name: bytes) -> int | None:
+    """zlib's window for a content encoding, None for none. Raises `ApiError` 415."""
+    name = name.strip().lower()
+    if name not in (b"", b"identity", *_WINDOWS):
+        accepted = ((b"accept-encoding", b", ".join(_WINDOWS)),)
+        raise ApiError(415, "send the body as it is, or compressed by gzip or deflate", headers=accepted)
+    return _WINDOWS.get(name)
+
+
+async def _refuse(send: Send, encoding: Encoding, error: ApiError) -> None:
+    body = status(encoding, _CODES.get(error.status, 3), str(error))
+    await _send(send, error.status, encoding, body, error.headers)
+
+
+async def _send(
+    send: Send, code: int, encoding: Encoding, body: bytes, more: tuple[tuple[bytes, bytes], ...] = ()
+) -> None:
+    kind = b"application/json" if encoding == "json" else b"application/x-protobuf"
+    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *more]
+    await send({"type": "http.response.start", "status": code, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

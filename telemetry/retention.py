@@ -1,0 +1,56 @@
+"""Text goes when it is too old: prompts, answers and comments are taken out of the journal's facts, numbers stay."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+from telemetry.errors import StateError
+from telemetry.journal import Journal
+from telemetry.privacy import stripped
+
+log = logging.getLogger("understudy.retention")
+
+BATCH = 500
+"""Facts at once: the journal is locked that long."""
+PAUSE = 60.0
+_MARK = "text gone until"
+
+
+def expire(journal: Journal, before: float) -> int:
+    """Take the text out of the next `BATCH` facts that are older than `before` (Unix seconds); how many they were.
+
+    How far it got is kept beside the facts, so a journal is gone through once, whoever does it. Facts come nearly in
+    the order of their times: one that is late by a day goes a day later.
+    """
+    done = int(journal.known(_MARK) or b"0")
+    old = []
+    for seq, fact in journal.read(done, BATCH):
+        if fact.at >= before:
+            break
+        old.append((seq, fact))
+    if old:
+        bare = [(seq, stripped(fact)) for seq, fact in old]
+        journal.rewrite([(seq, new) for (seq, new), (_, fact) in zip(bare, old, strict=True) if new != fact])
+        journal.know(_MARK, str(old[-1][0]).encode())
+    return len(old)
+
+
+def keep_to(path: Path, retention: float, stopping: threading.Event) -> None:
+    """Until `stopping`: take out of the journal at `path` the text that is older than `retention` seconds."""
+    journal, complained = Journal(path), ""
+    while not stopping.is_set():
+        went = 0
+        try:
+            went = expire(journal, time.time() - retention)
+            if 0 < went < BATCH:
+                journal.scrub()
+            complained = ""
+        except StateError as error:
+            if str(error) != complained:
+                log.warning("text older than %g days stays for now: %s", retention / 86400.0, error)
+            complained = str(error)
+        stopping.wait(0.05 if went == BATCH else PAUSE)
+    journal.close()

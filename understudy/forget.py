@@ -1,0 +1,65 @@
+"""`understudy forget`: what a user wrote, and who they were, goes from the journal; what was learned in sums stays."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gateway.auth import Pseudonyms
+from router.store import Store
+from telemetry.errors import StateError
+from telemetry.events import Fact, Interaction, Signal
+from telemetry.journal import Journal
+from telemetry.privacy import forgotten, stripped
+
+BATCH = 1000
+
+
+@dataclass(slots=True)
+class Forgotten:
+    """What went."""
+
+    interactions: int = 0
+    signals: int = 0
+    scrubbed: bool = True
+    """The overwritten text is gone from the write-ahead log too; otherwise it goes when that is next emptied."""
+    versions: tuple[str, ...] = ()
+    """Trained versions that learned from the user's data; none while no version is trained by this installation."""
+
+    def shown(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def forget(journal: Journal, store: Store, tenant: str, user: str) -> Forgotten:
+    """Erase a user, by the name that the app gives them. May be stopped and begun again at any point.
+
+    Raises `StateError` if the store has no key of pseudonyms, so that nobody's hash can be known.
+    """
+    key = store.secrets().get("pseudonyms")
+    if key is None:
+        raise StateError("the store has no key of pseudonyms, so no user can be found by name; has it been emptied?")
+    name, nobody = Pseudonyms(key).of(tenant, user), secrets.token_hex(12)
+    found, after = Forgotten(), 0
+    while facts := journal.naming(name, after, BATCH):
+        after = facts[-1][0]
+        own = [(seq, fact) for seq, fact in facts if fact.tenant == tenant and _is_of(fact, name)]
+        answers = [fact for _, fact in own if isinstance(fact, Interaction)]
+        about = dict(journal.signals_about(answers)) | {seq: s for seq, s in own if isinstance(s, Signal)}
+        journal.rewrite(
+            [(seq, _bare(signal, name, nobody)) for seq, signal in about.items()]
+            + [(seq, forgotten(fact, nobody)) for seq, fact in own if isinstance(fact, Interaction)]
+        )
+        found.interactions += len(answers)
+        found.signals += len(about)
+    found.scrubbed = journal.scrub()
+    return found
+
+
+def _is_of(fact: Fact, name: str) -> bool:
+    return name == (fact.user if isinstance(fact, Interaction) else fact.subject)
+
+
+def _bare(signal: Signal, name: str, nobody: str) -> Fact:
+    """A signal of the user; or of somebody else about an answer to the user, which loses its text only."""
+    return forgotten(signal, nobody) if signal.subject == name else stripped(signal)
