@@ -33,6 +33,7 @@ from gateway.sessions import Sessions
 from gateway.upstream import Timeouts, UpstreamError
 from router.arms import Snapshot
 from router.policy import Reward
+from router.segments import Segmenter
 from router.store import ApiKey, Store
 from telemetry.errors import StateError
 from telemetry.events import Interaction, Signal
@@ -161,6 +162,7 @@ class _Known(msgspec.Struct, frozen=True):
     """Keys that sign feedback tokens, by id."""
     keys: list[ApiKey]
     snapshots: dict[str, Snapshot]
+    segmenters: dict[str, Segmenter]
 
 
 class _Gateway:
@@ -244,6 +246,7 @@ class _Gateway:
             log.warning("%s; starting with the keys and weights known last", error)
             self._keys.refresh(last.keys)
             self._sessions.snapshots |= {k: v for k, v in last.snapshots.items() if k in self._parts.routes}
+            self._sessions.segmenters |= last.segmenters
             return last
 
     def _remembered(self) -> _Known | None:
@@ -272,7 +275,7 @@ class _Gateway:
         self._sessions.exchange()
         keys = self._parts.store.list_keys()
         self._keys.refresh(keys)
-        known = _Known(*self._secrets(last), keys, dict(self._sessions.snapshots))
+        known = _Known(*self._secrets(last), keys, dict(self._sessions.snapshots), dict(self._sessions.segmenters))
         if known != last:
             self._memory.know("gateway", msgspec.json.encode(known))
         return known

@@ -36,6 +36,7 @@ from router.arms import Choice
 from router.bandit import unit_hash
 from router.features import FeatureName, key_of
 from router.policy import Arm
+from router.segments import Segmenter, assign, prompt_of
 from telemetry.events import Answerer, Interaction, new_id
 from telemetry.privacy import Captures
 from telemetry.threads import thread_of
@@ -200,7 +201,10 @@ class Proxy:
         if pinned is not None:
             return pinned, False
         begun = ask.assistant_turns > 0 or ask.previous_response_id is not None
-        segment = segment_of(route, who, fields)
+
+        def segment() -> str:
+            return segment_of(route, who, fields, self._sessions.segmenters.get(route.name))
+
         return await self._sessions.choose(route.name, who.tenant, who.session, segment, begun=begun, arms=route.arms)
 
     async def _answer(
@@ -421,7 +425,7 @@ class Proxy:
         self._metrics.answered(fact)
 
 
-def segment_of(route: Route, who: Identity, fields: Fields) -> str:
+def segment_of(route: Route, who: Identity, fields: Fields, segmenter: Segmenter | None) -> str:
     """Where a session that begins with this request is counted."""
     match route.segment_by:
         case "task_type":
@@ -430,6 +434,9 @@ def segment_of(route: Route, who: Identity, fields: Fields) -> str:
             return who.tenant
         case "features":
             return key_of(route.features, fields)
+        case "prompt" if segmenter is not None:
+            said = fields.get("messages") or fields.get("input") or fields.get("prompt")
+            return assign(segmenter, prompt_of(said)) if said is not None else ""
         case _:
             return ""
 

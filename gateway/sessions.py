@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from router.arms import Choice, Snapshot
 from router.bandit import draw, unit_hash
+from router.refit import segmenter_of
+from router.segments import Segmenter
 from router.store import Assignment, Store, session_key
 from telemetry.errors import StateError
 
@@ -30,6 +32,8 @@ class Sessions:
 
     def __init__(self, store: Store, snapshots: Mapping[str, Snapshot]) -> None:
         self.snapshots = dict(snapshots)
+        self.segmenters: dict[str, Segmenter] = {}
+        """By route whose segments are learned from prompts."""
         self.store_seen = time.monotonic()
         self.recalls_failed = 0
         self._store = store
@@ -38,9 +42,19 @@ class Sessions:
         self._threads = ThreadPoolExecutor(4, "store")
 
     async def choose(
-        self, route: str, tenant: str, session: str, segment: str, *, begun: bool, arms: Mapping[str, object]
+        self,
+        route: str,
+        tenant: str,
+        session: str,
+        segment: Callable[[], str],
+        *,
+        begun: bool,
+        arms: Mapping[str, object],
     ) -> tuple[Choice, bool]:
-        """The session's arm on `route`, and whether it was recalled. `begun`: the request has an earlier answer."""
+        """The session's arm on `route`, and whether it was recalled. `begun`: the request has an earlier answer.
+
+        `segment` is asked for the segment of a session that draws.
+        """
         key = (route, session_key(tenant, session))
         choice = self._cache.get(key)
         if choice is None and begun:
@@ -48,7 +62,7 @@ class Sessions:
         if choice is not None and choice.arm in arms:
             self._keep(key, choice)
             return choice, True
-        choice = draw(self.snapshots[route], unit_hash(*key), segment)
+        choice = draw(self.snapshots[route], unit_hash(*key), segment())
         self._keep(key, choice)
         self._new.append((*key, choice))
         return choice, False
@@ -79,7 +93,11 @@ class Sessions:
         for name, snapshot in list(self.snapshots.items()):
             newer = self._store.snapshot(name)
             if newer is not None and newer.version != snapshot.version:
-                self.snapshots[name] = newer
+                self.snapshots[name] = snapshot = newer
+            if snapshot.segmenter and snapshot.segmenter != getattr(self.segmenters.get(name), "version", ""):
+                learned = segmenter_of(self._store, name)
+                if learned is not None:
+                    self.segmenters[name] = learned
         self.store_seen = time.monotonic()
 
     def close(self) -> None:

@@ -20,6 +20,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     """No more segments get sums of their own: sessions of one that is not here count under ""."""
     price: float = 0.0
     """Reward given up for one unit of currency, where cost counts."""
+    segmenter: str = ""
+    """Version of what tells prompts apart, where they are the segments."""
 
 
 class Choice(msgspec.Struct, frozen=True):

@@ -24,8 +24,9 @@ from msgspec.structs import replace
 
 from router.arms import Cell, Snapshot, Sums
 from router.calibrate import Calibration, calibrated, fit, metric_of
-from router.policy import Arm, Policy, Reward, Split
+from router.policy import Arm, Policy, Prompts, Reward, Split
 from router.price import measured, priced
+from router.refit import Refits, keep, segmenter_of
 from router.reward import Heard, session_reward
 from router.store import Change, Store, session_key
 from router.weights import shares
@@ -90,6 +91,7 @@ class Controller:
         self._journal = journal
         self._store = store
         self._threads: Threads | None = None
+        self._refits = Refits(journal.path)
         self._owner = owner
         self._full: set[str] = set()
         """Routes whose segments were said to be too many."""
@@ -119,6 +121,7 @@ class Controller:
             self._store.release(self._owner)
         except StateError as error:
             log.warning("the lease was not given back: %s", error)
+        self._refits.close()
 
     def step(self, now: float) -> bool:
         """Take in at most a batch of new facts and publish what follows. True if more facts are waiting."""
@@ -230,7 +233,8 @@ class Controller:
     def _publish(self, route: RoutePlan, now: float, token: int) -> None:
         """Publish the route's weights if they moved. While no sum changed only time moves them, and slowly."""
         current, changes = self._store.snapshot(route.name), self._store.changes(route.name)
-        if current is not None and self._computed.get(route.name) == (changes, current.version, now // SLOWLY):
+        known = current is not None and self._computed.get(route.name) == (changes, current.version, now // SLOWLY)
+        if known and not self._refits.done(route.name):
             return
         new = self.snapshot(route, now, (current.version if current else 0) + 1, token)
         if current is None or _moved(current, new):
@@ -253,7 +257,18 @@ class Controller:
             log.warning("route %s: %d segments, no more get weights of their own", route.name, policy.max_segments)
         cost = priced(policy, route.arms, cells, now, route.reward)
         segments = shares(policy, route.arms, cells, now, cost.burdens)
-        return Snapshot(route.name, version, now, policy.kind, policy.holdout, segments, full, cost.price)
+        segmenter = self._segmenter(route.name, policy.prompts, now, token) if policy.segment_by == "prompt" else ""
+        return Snapshot(route.name, version, now, policy.kind, policy.holdout, segments, full, cost.price, segmenter)
+
+    def _segmenter(self, route: str, prompts: Prompts, now: float, token: int) -> str:
+        """The version of what tells the route's prompts apart, learned anew if it is due; "" while there is none."""
+        last = segmenter_of(self._store, route)
+        if last is None or not 0.0 <= now - last.at < prompts.refit:
+            new = self._refits.ready(route, last, prompts.clusters, now)
+            if new is not None:
+                keep(self._store, route, new, token)
+                last = new
+        return last.version if last is not None else ""
 
     def _calibration(self, route: RoutePlan, cells: Mapping[Cell, Sums], now: float, token: int) -> Calibration | None:
         """The route's model of its votes, fitted anew if it is due; None while its reward is by fixed weights."""
@@ -325,12 +340,9 @@ def calibration_of(store: Store, route: str) -> Calibration | None:
 
 def _moved(old: Snapshot, new: Snapshot) -> bool:
     """Some weight moved by a thousandth, or something else changed: worth a new version."""
-    if (old.policy, old.holdout, old.full, old.segments.keys()) != (
-        new.policy,
-        new.holdout,
-        new.full,
-        new.segments.keys(),
-    ):
+    if any(getattr(old, name) != getattr(new, name) for name in ("policy", "holdout", "full", "segmenter")):
+        return True
+    if old.segments.keys() != new.segments.keys():
         return True
     pairs = [(old.segments[segment], weights) for segment, weights in new.segments.items()]
     return any(a.keys() != b.keys() or any(abs(a[arm] - b[arm]) >= 1e-3 for arm in b) for a, b in pairs)

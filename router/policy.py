@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from router.features import DEFAULT as DEFAULT_FEATURES
 from router.features import FeatureName
+from router.segments import MOST_CLUSTERS
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -215,13 +216,27 @@ class Prior(Written):
     mass: float = Field(20.0, gt=0, description="How many sessions that belief is worth.")
 
 
+class Prompts(Written):
+    """How prompts are told apart, where they are segments."""
+
+    clusters: int | None = Field(
+        None,
+        ge=2,
+        le=MOST_CLUSTERS,
+        description="How many clusters; null for as many as halves of the prompts agree on.",
+    )
+    refit: PositiveDuration = Field(86400.0, description="How often they are learned anew from the journal.")
+
+
 class Learned(Written):
     """What all policies share that learn from rewards."""
 
     unit: Literal["session"] = Field("session", description="What is assigned to an arm and rewarded as one.")
-    segment_by: Literal["task_type", "tenant"] | None = Field(
-        None, description="Learn each task type's or tenant's shares apart, pooled with its siblings."
+    segment_by: Literal["task_type", "tenant", "prompt"] | None = Field(
+        None,
+        description="Learn the shares of each task type, tenant or cluster of prompts apart, pooled with its siblings.",
     )
+    prompts: Prompts = Field(default_factory=Prompts, description="How prompts are told apart, by segment_by: prompt.")
     max_segments: int = Field(
         1000, ge=1, le=100_000, description="How many segments get shares of their own; those with most evidence do."
     )

@@ -192,15 +192,19 @@ class Journal:
     def recent(self, since: float, limit: int = 100_000) -> list[tuple[int, Fact]]:
         """The newest facts not older than `since`, at most about `limit`, oldest first."""
         found: list[tuple[int, Fact]] = []
-        before = self.last() + 1
-        while before > 1 and len(found) < limit:
-            rows = self._select("WHERE seq < ? ORDER BY seq DESC LIMIT 1000", (before,))
+        for rows in self.backwards():
             fresh = [(seq, fact) for seq, fact in rows if fact.at >= since]
             found += fresh
-            if len(fresh) < len(rows) / 2:  # facts come nearly in the order of their times
+            if len(fresh) < len(rows) / 2 or len(found) >= limit:  # facts come nearly in the order of their times
                 break
-            before = rows[-1][0]
         return found[::-1]
+
+    def backwards(self) -> Iterator[list[tuple[int, Fact]]]:
+        """All facts, the newest first, a thousand at a time."""
+        before = self.last() + 1
+        while rows := self._select("WHERE seq < ? ORDER BY seq DESC LIMIT 1000", (before,)):
+            yield rows
+            before = rows[-1][0]
 
     def rewrite(self, facts: Sequence[tuple[int, Fact]]) -> None:
         """Put others in the place of facts, by sequence number, and overwrite what stood there.

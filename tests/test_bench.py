@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,23 @@ def test_router_cost_says_how_far_each_bar_is_met() -> None:
     found = json.loads(done.stdout)
     assert {bar["what"].split(",")[0].split(" ")[0] for bar in found["bars"]} == {"choose", "recompute", "refresh"}
     assert all(bar["value"] > 0 for bar in found["bars"])
+
+
+def test_segments_says_what_clusters_earn(tmp_path: Path) -> None:
+    data = tmp_path / "rewards.jsonl"
+    topics = {
+        "code": ["python", "list", "loop", "class", "error", "string", "compile", "return", "import", "function"],
+        "cook": ["oven", "flour", "butter", "bake", "sauce", "onion", "garlic", "simmer", "dish", "recipe"],
+    }
+    chance, rows = random.Random(0), []
+    for n in range(900):
+        about = "code" if n % 2 else "cook"
+        text = " ".join(chance.sample(topics[about], 5))
+        rewards = {"a": {"reward": float(n % 2)}, "b": {"reward": 1.0 - n % 2}}
+        rows.append({"prompt": text, "source": about, "arms": rewards})
+    data.write_text("\n".join(map(json.dumps, rows)))
+    done = run("segments.py", str(data), "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["mean_reward"]
+    assert found["none"] < 0.7 < found["sources"]
+    assert found["none"] < found["clusters"] <= 1.0

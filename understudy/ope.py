@@ -70,7 +70,8 @@ class Judged(msgspec.Struct, frozen=True, gc=False):
 
     def segment(self, policy: Policy) -> str:
         by = policy.segment_by if isinstance(policy, Learned) else None
-        return {"task_type": self.task_type, "tenant": self.tenant, "features": self.served_in}.get(by or "", "")
+        known = {"": "", "task_type": self.task_type, "tenant": self.tenant}
+        return known.get(by or "", self.served_in)
 
 
 def load_policy(path: Path, route: Route) -> Policy:
@@ -104,7 +105,7 @@ def examine(plan: RoutePlan, policy: Policy, journal: Journal, since: float, now
     drawn = np.array([arms.index(one.arm) for one in sessions], np.int64)
     rewards = np.array([one.reward for one in sessions])
     found = _evaluated(drawn, target, sessions) if sessions else None
-    refused = _unlike(policy, sessions) or _refusal(found, arms, drawn, target)
+    refused = _unlike(plan, policy, sessions) or _refusal(found, arms, drawn, target)
     if found is None:
         found = Evaluation(0, 0.0, 0.0, 0.0, 0.0, UNKNOWN, UNKNOWN, UNKNOWN)
     estimates = {"dr": found.dr, "switch_dr": found.switch_dr, "snips": found.snips, "ips": found.ips}
@@ -230,8 +231,14 @@ def _refusal(
     return None
 
 
-def _unlike(policy: Policy, sessions: Sequence[Judged]) -> str | None:
-    """Why the policy cannot be replayed: requests' features are known only of sessions that were routed by them."""
+def _unlike(plan: RoutePlan, policy: Policy, sessions: Sequence[Judged]) -> str | None:
+    """Why the policy cannot be replayed: what requests are like is known only of sessions that were routed by it."""
+    by_prompt = isinstance(policy, Learned) and policy.segment_by == "prompt"
+    if by_prompt and not (isinstance(plan.policy, Learned) and plan.policy.segment_by == "prompt"):
+        return (
+            "the route is not served by clusters of prompts, so it is not journaled in which a session began; "
+            "serve with segment_by: prompt first, or evaluate another policy."
+        )
     if not isinstance(policy, Linear):
         return None
     known = sum(is_key_of(one.served_in, policy.features) for one in sessions)

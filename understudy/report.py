@@ -12,6 +12,7 @@ from router.calibrate import calibrated
 from router.controller import RoutePlan, calibration_of, initial_snapshot
 from router.policy import Learned, Thompson
 from router.price import priced
+from router.refit import segmenter_of
 from router.store import Store
 from router.weights import beliefs
 from telemetry.events import Interaction, Signal
@@ -78,6 +79,8 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
         if model is not None and plan.reward.mode == "calibrated":
             cells = calibrated(model, cells)
         cost = priced(policy, plan.arms, cells, now, plan.reward)
+        learned = segmenter_of(store, plan.name) if policy.segment_by == "prompt" else None
+        labels = dict(zip(learned.names, learned.labels, strict=False)) if learned else {}
         found = beliefs(policy, plan.arms, cells, now, cost.burdens)
         for place_of, segment in enumerate(found.segments):
             if segment and not found.sessions[place_of].any():
@@ -93,6 +96,7 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
                 row = {
                     "route": plan.name,
                     "segment": segment,
+                    "label": labels.get(segment, ""),
                     "arm": arm,
                     "model": plan.arms[arm].model,
                     "policy": plan.policy.kind,

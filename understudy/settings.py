@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from router.policy import (
     Arm,
     FrozenMap,
+    Learned,
     Learner,
     Name,
     Policy,
@@ -291,6 +292,15 @@ class Settings(Written):
     otel: Otel = Field(default_factory=Otel, description="Where spans and log records go.")
     routes: FrozenMap[Name, Route] = Field(min_length=1, description="Model names that apps ask for; at least one.")
 
+    @model_validator(mode="after")
+    def _prompts_are_kept_to_be_learned_from(self) -> Settings:
+        for name, route in self.routes.items():
+            by_prompt = isinstance(route.policy, Learned) and route.policy.segment_by == "prompt"
+            if by_prompt and (route.capture or self.capture.text) == "off":
+                at = ("routes", name, "policy", "segment_by")
+                raise fault("learns from prompts that are kept, and none are; keep them redacted", *at)
+        return self
+
     @property
     def sqlite_path(self) -> Path | None:
         """The state's file, or None where state is in Redis; relative unless written with four slashes."""
@@ -417,7 +427,7 @@ state: sqlite:///understudy.db            # one file holds all; redis://localhos
 
 capture:
   text: full                              # full | redacted | off: which text of prompts and answers is kept
-  redact: [email, phone, card, key]       # what `redacted` masks
+  redact: [email, phone, card, key, iban] # what `redacted` masks
 
 auth:
   require_key: false                      # true: only apps with a key from `understudy keys create` may ask

@@ -34,7 +34,8 @@ def arms_table(rows: list[dict[str, Any]], title: str | None = None) -> Group:
     parts: list[Table | str] = [title] if title else []
     for place in places:
         here = [row for row in rows if (row["route"], row["segment"]) == place]
-        parts += [_place_table(" · ".join(filter(None, place)), here), *(sentence(row) for row in here)]
+        label = f"“{here[0]['label']}”" if here[0].get("label") else ""
+        parts += [_place_table(" · ".join(filter(None, (*place, label))), here), *(sentence(row) for row in here)]
     return Group(*parts)
 
 
