@@ -101,14 +101,14 @@ class Receiver:
         return msgspec.structs.replace(self._exact(judged, said.spans), source="otlp")
 
     def _exact(self, signal: Signal, spans: frozenset[str]) -> Signal:
-        """The signal by its answer's own name, where its trace holds several answers and one has such a span."""
+        """The signal by its answer's own name, where one answer of its trace has such a span: others may follow."""
         if signal.trace_id is None or not spans:
             return signal
         answers = [fact for _, fact in self._ears.reader.answers(signal)]
         named = [fact for fact in answers if fact.span_id in spans] or [
             fact for fact in answers if fact.parent_span_id in spans
         ]
-        if len(answers) < 2 or len(named) != 1:
+        if len(named) != 1:
             return signal
         return msgspec.structs.replace(signal, response_id=named[0].request_id)
 

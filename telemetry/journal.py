@@ -297,6 +297,8 @@ class JournalWriter:
     LINGER = 0.05
     """Seconds a batch of interactions may wait for company; durable puts do not wait."""
     BATCH = 2000
+    PATIENCE = 5.0
+    """Seconds that a durable put may take."""
 
     def __init__(self, path: Path, *, limit: int = 100_000, report: Callable[[str], None] = lambda _: None) -> None:
         self.dropped = 0
@@ -322,8 +324,8 @@ class JournalWriter:
         self._queue.append(((fact,), None))
         self._wake.set()
 
-    async def put_durably(self, facts: Sequence[Fact], timeout: float = 5.0) -> None:
-        """Return when `facts` are on disk. Raises `StateUnavailable` if that takes longer than `timeout` s."""
+    async def put_durably(self, facts: Sequence[Fact], timeout: float | None = None) -> None:
+        """Return when `facts` are on disk; StateUnavailable after `timeout` (or `PATIENCE`) seconds without that."""
         if len(self._queue) >= self._limit:
             raise StateUnavailable(f"the journal's queue is full: {self.failing or 'the disk is too slow'}")
         done: Future[None] = Future()
@@ -331,7 +333,7 @@ class JournalWriter:
         self._hurry.set()
         self._wake.set()
         try:
-            await asyncio.wait_for(asyncio.wrap_future(done), timeout)
+            await asyncio.wait_for(asyncio.wrap_future(done), self.PATIENCE if timeout is None else timeout)
         except TimeoutError:
             raise StateUnavailable(f"the journal cannot be written: {self.failing or 'too slow'}") from None
 

@@ -159,7 +159,10 @@ def _log_records(request: Any) -> Iterator[_Record]:
 
 
 def _said(record: _Record) -> Said:
-    fields = {"event_id": record.event_id, "at": record.at} | _evaluated(_named(record.attributes))
+    named = _named(record.attributes)
+    if KIND in record.attributes:
+        named.setdefault("kind", "")  # one that is no text is refused, not guessed
+    fields = {"event_id": record.event_id, "at": record.at} | _evaluated(named)
     session = fields.pop("session_id", None)
     linked = next((link for link in record.links if link[0]), None)
     if "response_id" in fields:

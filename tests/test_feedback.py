@@ -13,6 +13,7 @@ from conftest import ROUTE, Gateway, MakeGateway, eventually
 from fake_vllm import Behaviour, FakeVllm
 
 from gateway.auth import TokenSigner
+from telemetry.journal import JournalWriter
 
 TOKEN = "x-understudy-feedback-token"
 
@@ -405,8 +406,9 @@ def test_tenants_whose_names_hold_a_slash_do_not_share_sessions(gateway: MakeGat
 
 
 def test_feedback_is_refused_while_the_journal_cannot_be_written_and_taken_after(
-    gateway: MakeGateway, fake: FakeVllm
+    gateway: MakeGateway, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(JournalWriter, "PATIENCE", 0.3)
     gw = gateway(fake)
     with gw.journal() as journal:
         journal._db.execute("BEGIN IMMEDIATE")  # another program holds the file's lock

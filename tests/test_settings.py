@@ -465,7 +465,7 @@ DURATION = ("not a duration", 'write one like "500ms", "30s", "10m", "1h" or "7d
         ("    policy: {kind: thompson, prior: {mean: 1.5}}\n", "policy.prior.mean", "must be less than 1",
          "lower it"),
         ("    policy: {kind: thompson, segment_by: tenants}\n", "policy.segment_by",
-         "must be task_type or tenant", 'did you mean "tenant"?'),
+         "must be task_type, tenant or prompt", 'did you mean "tenant"?'),
         ("    policy: {kind: split}\n", "policy.shares", "required key is missing", "add it"),
         ("    policy: {kind: split, shares: {champion: 0.5, concise: 0.4}}\n", "policy.shares",
          "the shares sum to 0.9", "make them sum to 1"),
