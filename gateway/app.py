@@ -30,6 +30,7 @@ from gateway.metrics import Metrics
 from gateway.openai import ENDPOINTS, ApiError, error_body
 from gateway.proxy import Proxy, Route
 from gateway.sessions import Sessions
+from gateway.static import Pages
 from gateway.upstream import Timeouts, UpstreamError
 from router.arms import Snapshot
 from router.policy import Reward
@@ -62,6 +63,7 @@ class Parts:
     require_key: bool
     feedback_per_minute: float
     max_body: int
+    try_page: bool = True
     otel_endpoint: str | None = None
 
 
@@ -71,6 +73,7 @@ def build(parts: Parts) -> Starlette:
     keys = KeyRing(parts.require_key)
     sessions = Sessions(parts.store, parts.snapshots)
     gateway = _Gateway(parts, metrics, keys, sessions)
+    pages = Pages() if parts.try_page else None
     hot = {f"/v1/{name}": gateway.generate(name) for name in ENDPOINTS}
     endpoints: dict[str, dict[str, Endpoint]] = {path: {"POST": endpoint} for path, endpoint in hot.items()} | {
         "/v1/models": {"GET": gateway.models},
@@ -78,6 +81,7 @@ def build(parts: Parts) -> Starlette:
         f"{FEEDBACK}/": {"GET": gateway.summary, "OPTIONS": gateway.preflight},
         "/v1/traces": {"POST": gateway.hear("traces")},
         "/v1/logs": {"POST": gateway.hear("logs")},
+        **({path: {"GET": pages.get, "HEAD": pages.get} for path in pages.paths} if pages else {}),
         "/healthz": {"GET": gateway.health},
         "/readyz": {"GET": gateway.ready},
         "/metrics": {"GET": gateway.metrics_page},

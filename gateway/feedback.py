@@ -119,14 +119,14 @@ def _whose(signal: Signal) -> str:
 def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, now: float) -> Signal:
     if item.kind not in KINDS:
         raise ApiError(400, f"unknown kind `{item.kind[:50]}`; one of {', '.join(sorted(KINDS))}", param="kind")
-    if not (item.response_id or item.trace_id or item.session_id):
+    token = item.token or token
+    if not (item.response_id or item.trace_id or item.session_id or token):
         raise ApiError(400, "name what it is about: response_id, trace_id or session_id", param="response_id")
     for field in ("response_id", "trace_id", "session_id", "event_id", "name", "user"):
         if len(getattr(item, field) or "") > NAME_LIMIT:
             raise ApiError(400, f"{field} is longer than {NAME_LIMIT} characters", param=field)
     if len(_text(item) or "") > TEXT_LIMIT:
         raise ApiError(400, f"text is longer than {TEXT_LIMIT} characters", param="text")
-    token = item.token or token
     claims = _claims(item, token, desk, now) if token else None
     if claims and caller and caller.keyed and caller.role != "admin" and caller.tenant != claims.tenant:
         raise _forbidden("the feedback token is of another tenant than the API key", "token")

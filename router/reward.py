@@ -62,7 +62,8 @@ def score(signal: Signal) -> float | None:
     """A signal on the scale from -1 (bad) to 1 (good) before its kind's weight; None if it says neither.
 
     Votes are two-sided: their value decides. A behaviour either happened (1) or is not reported; whether it is
-    good or bad is the sign of the weight that the operator gave it.
+    good or bad is the sign of the weight that the operator gave it. An edit happened as far as the answer did not
+    survive it.
     """
     match signal.kind:
         case "thumb":
@@ -71,6 +72,8 @@ def score(signal: Signal) -> float | None:
             return None if signal.value is None else (signal.value - 3.0) / 2.0
         case "comparison":
             return None if signal.value is None else 2.0 * signal.value - 1.0
+        case "edit" if signal.value is not None and 0.0 <= signal.value <= 1.0:
+            return 1.0 - signal.value
         case "comment" | "survey" | "outcome" | "dwell" | "first_action" | "poll" | "session_length":
             return None
         case _:

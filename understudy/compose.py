@@ -62,6 +62,7 @@ def build_gateway(settings: Settings) -> Starlette:
             require_key=settings.auth.require_key,
             feedback_per_minute=settings.auth.feedback_per_minute,
             max_body=settings.listen.max_body,
+            try_page=settings.listen.try_page,
             otel_endpoint=settings.otel.endpoint,
         )
     )

@@ -134,6 +134,7 @@ class Listen(Written):
     workers: int = Field(1, ge=1, description="Processes that share the port.")
     max_body: Bytes = Field(32 << 20, description="Largest request body taken (1MB is 1024 × 1024 bytes).")
     max_header_bytes: Bytes = Field(64 << 10, description="Largest request head taken.")
+    try_page: bool = Field(True, description="Serve the example chat at /ui/try.")
 
 
 class Admin(Written):
