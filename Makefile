@@ -13,7 +13,7 @@ demo:  ## See it learn: the gateway before a real vLLM, on this machine's CPU
 	@$(VENV)/bin/understudy demo
 
 test:  ## Every test, on real servers
-	@scripts/setup core demo redis browser
+	@scripts/setup core demo redis browser node
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 check:  ## Lint, format, types, layout

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import shutil
 import sqlite3
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -192,6 +197,27 @@ def test_a_tenant_speaks_for_its_own_answers(gateway: MakeGateway, fake: FakeVll
     said = gw.http.post("/v1/traces", content=exported([]), headers=PROTOBUF)
     assert said.status_code == 401
     assert Status.FromString(said.content).code == 16
+
+
+def test_an_instrumented_app_in_node_is_heard_as_well(gateway: MakeGateway, fake: FakeVllm) -> None:
+    """It sends OTLP as JSON, where Python's SDK sends protobuf."""
+    gw = gateway(fake)
+    name = answered(gw)
+    path = f"{os.environ['PATH']}:{Path(sys.executable).parent}"
+    node = shutil.which("node", path=path)
+    assert node, "Node.js is needed: `make test` installs it"
+    done = subprocess.run(
+        [node, str(Path(__file__).parent / "js" / "send_spans.js"), gw.url, name],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = gw.wait_interactions(2)
+    signals = {s.kind: s for s in gw.signals()}
+    assert set(signals) == {"copy", "thumb", "outcome"}
+    with gw.journal() as journal:
+        about = {kind: journal.answers(s)[-1][1].request_id for kind, s in signals.items()}
+    assert about == {"copy": second.request_id, "thumb": first.request_id, "outcome": second.request_id}
+    assert (signals["outcome"].name, signals["outcome"].value) == ("relevance", 1.0)
 
 
 # What is refused
