@@ -156,11 +156,11 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
         source="token" if claims else "callback",
         verified=claims is not None or (caller is not None and caller.keyed),
     )
-    if _text(item) is None and item.target is None:
+    if _text(item) is None and item.target is None and name is None:
         return signal
     capture = desk.captures.of_any([(i.route, i.consent) for i in desk.answers(signal)], tenant)
     target = item.target if item.kind != "comparison" and capture.text == "full" else signal.target
-    return msgspec.structs.replace(signal, text=capture.line(_text(item)), target=target)
+    return msgspec.structs.replace(signal, text=capture.line(_text(item)), target=target, name=capture.label(name))
 
 
 def _answer_of(tenant: str, response_id: str, desk: Desk) -> str | None:

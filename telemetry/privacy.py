@@ -154,6 +154,10 @@ class Capture:
             return None
         return text if self.text == "full" else redact(text, self.redact)[0]
 
+    def label(self, name: str | None) -> str | None:
+        """What to keep of a name that an app gave, of an outcome say: it is no text, but may hold what is masked."""
+        return name if name is None or self.text == "full" else redact(name, self.redact)[0]
+
     def _walk(self, value: Any, found: set[str]) -> Any:
         if isinstance(value, str):
             clean, names = redact(value, self.redact)
