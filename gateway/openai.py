@@ -163,8 +163,12 @@ class _Body(msgspec.Struct, frozen=True):
     error: Any = None
 
 
+MOST_CHOICES = 128
+"""As many as OpenAI makes."""
+
+
 class Answer(msgspec.Struct):
-    """What an answer's copy says, first choice only; fields stay None where it does not say."""
+    """What an answer's copy says; fields stay None where it does not say. Of choices the first is the answer."""
 
     id: str | None = None
     text: str = ""
@@ -176,6 +180,8 @@ class Answer(msgspec.Struct):
     failed: bool = False
     """The upstream reported an error inside a 200."""
     unreadable: bool = False
+    others: dict[int, str] = {}
+    """Texts of the choices beside the first, by their index."""
     ended: bool = False
     """A stream said that it is complete; what its connection did after that matters to nobody."""
 
@@ -206,14 +212,32 @@ def read_stream(body: bytes) -> Answer:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             answer.unreadable = True
             continue
-        _take(answer, chunk, parts)
+        word = _only_a_word(chunk)
+        if word is None or answer.id is None:
+            _take(answer, chunk, parts)
+        else:
+            parts.append(word)
     answer.text = "".join(parts)
     return answer
+
+
+def _only_a_word(chunk: _Body) -> str | None:
+    """The text of a chunk that says nothing else, as nearly all of a stream do; None for any other."""
+    if len(chunk.choices) != 1 or chunk.usage is not None or chunk.error is not None:
+        return None
+    choice = chunk.choices[0]
+    if choice.index or choice.finish_reason is not None or choice.delta is None or len(choice.delta) != 1:
+        return None
+    word = choice.delta.get("content")
+    return word if isinstance(word, str) else None
 
 
 def sse_data(body: bytes) -> Iterator[bytes]:
     """The data of each event (https://html.spec.whatwg.org/multipage/server-sent-events.html, §9.2.6)."""
     for event in body.replace(b"\r\n", b"\n").split(b"\n\n"):
+        if event[:6] == b"data: " and b"\n" not in event:  # as servers write it
+            yield event[6:]
+            continue
         lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
         if lines:
             yield b"\n".join(lines)
@@ -231,6 +255,7 @@ def _take(answer: Answer, body: _Body, parts: list[str] | None = None) -> None:
         answer.tokens_cached = cached if isinstance(cached, int) else None
     for choice in body.choices:
         if choice.index != 0:
+            _take_other(answer, choice)
             continue
         answer.finish_reason = choice.finish_reason or answer.finish_reason
         said = choice.message or choice.delta or {}
@@ -250,6 +275,12 @@ def _take(answer: Answer, body: _Body, parts: list[str] | None = None) -> None:
                 answer.text += part["text"]
     status = body.response.status if body.response else (body.status if body.output else None)
     answer.finish_reason = status or answer.finish_reason
+
+
+def _take_other(answer: Answer, choice: _Choice) -> None:
+    text = choice.text if choice.text is not None else (choice.message or choice.delta or {}).get("content")
+    if choice.index in answer.others or len(answer.others) < MOST_CHOICES:
+        answer.others[choice.index] = answer.others.get(choice.index, "") + (text if isinstance(text, str) else "")
 
 
 def _take_tool_calls(answer: Answer, calls: object) -> None:

@@ -396,7 +396,10 @@ class Proxy:
             task_type=who.task_type,
             task_id=said.task_id,
             input_hash=self._pseudonyms.of(who.tenant, bytes(messages)) if messages else None,
-            thread=thread_of(who.tenant, asked, answer.text, answer.tool_calls, self._pseudonyms.key),
+            thread=thread_of(
+                who.tenant, asked, answer.text, answer.tool_calls, self._pseudonyms.key, tuple(answer.others.values())
+            ),
+            choices=1 + len(answer.others),
             previous=ask.previous_response_id,
             turn=ask.assistant_turns,
             knowledge_version=said.knowledge_version,

@@ -75,6 +75,8 @@ class Thread(msgspec.Struct, frozen=True, omit_defaults=True):
     after_asked: str = ""
     after_said: str = ""
     after_exchange: str = ""
+    others: tuple[str, ...] = ()
+    """`said` for each of the choices beside the first, whichever the app goes on from."""
 
 
 class Interaction(msgspec.Struct, frozen=True, tag="interaction", tag_field="type", omit_defaults=True):
@@ -129,6 +131,8 @@ class Interaction(msgspec.Struct, frozen=True, tag="interaction", tag_field="typ
     """`x-stainless-retry-count`: above 0 the SDK asked again, not the user."""
     upstream: str | None = None
     attempts: int = 1
+    choices: int = 1
+    """How many answers there were to choose from (`n`); the first one is kept."""
     redacted: tuple[str, ...] = ()
     """Which recognisers removed something, or `off` when no text is kept."""
     messages: Any = None

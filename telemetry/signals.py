@@ -190,9 +190,10 @@ def _asked_otherwise(
 def _edited(earlier: Interaction, new: Interaction, returned: str) -> Iterator[Signal]:
     """The answer that the app sends back says something else than the one it got.
 
-    What is missing may have been cut by the app, and what stands around it added, so neither is an edit.
+    What is missing may have been cut by the app, and what stands around it added, so neither is an edit. Nor is another
+    of several choices, and only the first is kept.
     """
-    if not earlier.answer or returned == earlier.answer:
+    if not earlier.answer or returned == earlier.answer or earlier.choices > 1:
         return
     sent, back = canonical(earlier.answer), canonical(returned)
     if max(len(returned), len(earlier.answer)) > CAP:  # cut at different places by what canonical texts leave out

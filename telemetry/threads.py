@@ -36,11 +36,17 @@ Part = tuple[str, bytes]
 
 
 def thread_of(
-    tenant: str, messages: Any, answer: str, tool_calls: Sequence[Mapping[str, Any]], key: bytes
+    tenant: str,
+    messages: Any,
+    answer: str,
+    tool_calls: Sequence[Mapping[str, Any]],
+    key: bytes,
+    others: Sequence[str] = (),
 ) -> Thread | None:
     """The hashes of a request and its answer; None where there are no messages to hash.
 
     `messages`: chat messages, or a Responses input of the same shape, decoded. `key`: a secret, at most 64 bytes.
+    `others`: the texts of other choices that the app was given to go on from.
     """
     if not isinstance(messages, list) or not messages or len(messages) > MOST_TURNS:
         return None
@@ -56,8 +62,14 @@ def thread_of(
             after = _key(hashed)
     own = ("assistant", _content(answer, tool_calls, "assistant"))
     asked = _key(hashed)
+    chosen = []
+    for text in others:
+        other = hashed.copy()
+        _add(other, ("assistant", _content(text, (), "assistant")))
+        chosen.append(_key(other))
     _add(hashed, own)
     return Thread(
+        others=tuple(chosen),
         asked=asked,
         said=_key(hashed),
         exchange=_exchange(tenant, parts, own, key),
@@ -141,7 +153,7 @@ class Threads:
 
 def _keys(request: Interaction) -> tuple[str, ...]:
     thread = request.thread
-    hashes = (thread.said, thread.exchange, thread.asked) if thread else ()
+    hashes = (thread.said, thread.exchange, thread.asked, *thread.others) if thread else ()
     names = filter(None, (request.request_id, request.response_id))
     return *filter(None, hashes), *(_named(request.tenant, name) for name in names)
 

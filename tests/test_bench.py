@@ -118,3 +118,13 @@ def test_segments_says_what_clusters_earn(tmp_path: Path) -> None:
     found = json.loads(done.stdout)["mean_reward"]
     assert found["none"] < 0.7 < found["sources"]
     assert found["none"] < found["clusters"] <= 1.0
+
+
+def test_telemetry_cost_says_how_far_each_bar_is_met() -> None:
+    done = run("telemetry_cost.py", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["detection"]["requests"] == 300
+    assert found["detection"]["signals"] > 30, "each third conversation holds a complaint"
+    assert found["span"]["dropped"] == 0
+    assert all(row["met"] in (True, False) for row in found["bars"])

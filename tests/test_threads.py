@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from conftest import MakeGateway, eventually
-from fake_vllm import FakeVllm
+from fake_vllm import Behaviour, FakeVllm
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -248,3 +248,29 @@ def test_an_edit_is_heard_though_the_conversation_begins_otherwise(gateway: Make
     one, two = gw.wait_interactions(2)
     assert one.session != two.session
     assert signal.response_id == one.request_id
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_another_choice_is_gone_on_from_and_no_edit(gateway: MakeGateway, fake: FakeVllm, stream: bool) -> None:
+    def piece(index: int, text: str) -> dict[str, Any]:
+        return {"index": index, "delta" if stream else "message": {"role": "assistant", "content": text}}
+
+    first, second = "Canberra is the capital of Australia.", "The capital of Australia is Canberra, not Sydney."
+    if stream:
+        pieces = [piece(0, first[:9]), piece(1, second[:5]), piece(1, second[5:]), piece(0, first[9:])]
+        events = [json.dumps({"id": "chatcmpl-x", "choices": [one]}).encode() for one in pieces]
+        body = b"".join(b"data: %b\n\n" % event for event in [*events, b"[DONE]"])
+        fake.script(Behaviour("raw_stream", data=body))
+    else:
+        body = {"id": "chatcmpl-x", "choices": [piece(0, first), piece(1, second)]}
+        fake.script(Behaviour("status", status=200, body=body))
+    gw = gateway(fake, reward={"window": "1s"})
+    question = user("What is the capital of Australia?")
+    gw.chat(messages=[question], n=2, stream=stream)
+    one = gw.interaction(1)
+    assert (one.answer, one.choices) == (first, 2)
+    gw.chat(messages=[question, said(second), user("No, that is wrong. Try again!")])
+    two = gw.interaction(2)
+    assert found(one, two) == one.request_id
+    assert eventually(lambda: gw.signals("complaint"))[0].response_id == one.request_id
+    assert gw.signals("edit") == []
