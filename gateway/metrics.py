@@ -1,6 +1,7 @@
 """Prometheus metrics, by route and arm. Several workers share them through files (PROMETHEUS_MULTIPROC_DIR).
 
-The exposition format: https://prometheus.io/docs/instrumenting/exposition_formats/
+What the conventions for generative AI have a metric for has their name (gen_ai.server.request.duration and so on, with
+dots as underscores, and their buckets); all else begins with understudy_. The exposition format: https://prometheus.io/docs/instrumenting/exposition_formats/
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from telemetry.events import Interaction
+from telemetry.events import OPERATIONS, Interaction
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+# The boundaries that the conventions advise.
+_DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+_GEN_AI = ("gen_ai_operation_name", "gen_ai_request_model", "gen_ai_response_model", "arm")
+"""The request's model is the route, the response's the version that answered."""
 
 
 class Metrics:
@@ -31,20 +37,30 @@ class Metrics:
 
         self.requests = counter("requests", "Requests that reached an arm.", (*by_arm, "status", "error"))
         self.refused = counter("refused", "Requests answered with an error of our own.", ("status",))
-        self.tokens = counter("tokens", "Tokens.", (*by_arm, "direction"))
         self.retries = counter("upstream_retries", "Requests sent to a second replica.", ("route",))
         self.signals = counter("signals", "Signals taken in.", ("kind", "source"))
         self.feedback_refused = counter("feedback_refused", "Feedback items refused.", ("reason",))
         self.recalls_failed = counter("recalls_failed", "Session recalls that failed or took too long.")
         self.spans_dropped = counter("spans_dropped", "Spans that were not exported.")
         self.duration = Histogram(
-            "understudy_request_seconds", "From request to last byte.", by_arm, buckets=_SECONDS, registry=own
+            "gen_ai_server_request_duration_seconds",
+            "From request to last byte.",
+            (*_GEN_AI, "error_type"),
+            buckets=_DURATION,
+            registry=own,
         )
         self.first_byte = Histogram(
-            "understudy_first_byte_seconds",
+            "gen_ai_server_time_to_first_token_seconds",
             "From request to first byte.",
-            by_arm,
-            buckets=_SECONDS,
+            _GEN_AI,
+            buckets=_FIRST,
+            registry=own,
+        )
+        self.tokens = Histogram(
+            "gen_ai_client_token_usage_token",
+            "Tokens of a request and of its answer.",
+            (*_GEN_AI, "gen_ai_token_type"),
+            buckets=_TOKENS,
             registry=own,
         )
         self.in_flight = Gauge(
@@ -78,26 +94,28 @@ class Metrics:
         )
         self._arm = lru_cache(4096)(self._children)
 
-    def _children(self, route: str, arm: str, status: int, error: str) -> tuple[Any, ...]:
+    def _children(self, route: str, arm: str, model: str, endpoint: str, status: int, error: str) -> tuple[Any, ...]:
+        gen_ai = (OPERATIONS.get(endpoint, endpoint), route, model, arm)
         return (
             self.requests.labels(route, arm, str(status), error),
-            self.duration.labels(route, arm),
-            self.first_byte.labels(route, arm),
-            self.tokens.labels(route, arm, "in"),
-            self.tokens.labels(route, arm, "out"),
+            self.duration.labels(*gen_ai, error),
+            self.first_byte.labels(*gen_ai),
+            self.tokens.labels(*gen_ai, "input"),
+            self.tokens.labels(*gen_ai, "output"),
         )
 
     def answered(self, fact: Interaction) -> None:
-        found = self._arm(fact.route, fact.answerer.arm, fact.status, fact.error or "")
+        by = fact.answerer
+        found = self._arm(fact.route, by.arm, by.model, fact.endpoint, fact.status, fact.error or "")
         requests, duration, first_byte, tokens_in, tokens_out = found
         requests.inc()
         duration.observe(fact.duration)
         if fact.first_byte is not None:
             first_byte.observe(fact.first_byte)
         if fact.tokens_in:
-            tokens_in.inc(fact.tokens_in)
+            tokens_in.observe(fact.tokens_in)
         if fact.tokens_out:
-            tokens_out.inc(fact.tokens_out)
+            tokens_out.observe(fact.tokens_out)
 
     def page(self) -> bytes:
         """All workers' metrics as text."""

@@ -48,6 +48,15 @@ DETECTED_ONLY = frozenset(["poll", "session_length"])
 """Kinds that nobody can report."""
 
 
+OPERATIONS: dict[str, str] = {
+    "chat/completions": "chat",
+    "completions": "text_completion",
+    "responses": "chat",
+    "embeddings": "embeddings",
+}
+"""Endpoint → what the conventions for generative AI call the operation."""
+
+
 class Answerer(msgspec.Struct, frozen=True, omit_defaults=True):
     """Which arm answered and with what probability it had been drawn."""
 

@@ -21,17 +21,10 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from telemetry.errors import StateError
-from telemetry.events import Interaction, Signal
-
-_OPERATIONS = {
-    "chat/completions": "chat",
-    "completions": "text_completion",
-    "responses": "chat",
-    "embeddings": "embeddings",
-}
+from telemetry.events import OPERATIONS, Interaction, Signal
 
 _ATTRIBUTES: dict[str, Callable[[Interaction], Any]] = {
-    "gen_ai.operation.name": lambda i: _OPERATIONS[i.endpoint],
+    "gen_ai.operation.name": lambda i: OPERATIONS[i.endpoint],
     "gen_ai.provider.name": lambda i: "vllm" if (i.upstream or "").startswith("http") else i.upstream,
     "gen_ai.request.model": lambda i: i.route,
     "gen_ai.request.stream": lambda i: i.stream,

@@ -293,6 +293,9 @@ def test_health_readiness_and_metrics(gateway: MakeGateway, fake: FakeVllm) -> N
     assert gw.http.get("/readyz").status_code == 200
     page = gw.http.get("/metrics").text
     assert f'understudy_requests_total{{arm="champion",error="",route="{ROUTE}",status="200"}} 1.0' in page
+    labels = f'arm="champion",gen_ai_operation_name="chat",gen_ai_request_model="{ROUTE}",gen_ai_response_model="base"'
+    assert f"gen_ai_server_time_to_first_token_seconds_count{{{labels}}} 1.0" in page
+    assert f'gen_ai_client_token_usage_token_count{{{labels},gen_ai_token_type="output"}} 1.0' in page
     fake.stop()
     assert gw.http.get("/healthz").status_code == 200
     not_ready = gw.http.get("/readyz")
