@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,11 +195,11 @@ class _Gateway:
         self._known = await asyncio.to_thread(self._begin)
         self._tokens = TokenSigner(self._known.tokens)
         pseudonyms = Pseudonyms(self._known.pseudonyms)
-        reader, linked = Journal(parts.journal), Journal(parts.journal)
+        reader = Journal(parts.journal)
         if parts.otel_endpoint:
             from telemetry.otel import Spans  # costs 0.3 s and 20 MB, and not everyone wants it
 
-            self._spans = Spans(parts.otel_endpoint, self._metrics.spans_dropped.inc, linked.answers)
+            self._spans = Spans(parts.otel_endpoint, self._metrics.spans_dropped.inc)
 
         def answers(signal: Signal) -> list[Interaction]:
             return [fact for _, fact in reader.answers(signal)]
@@ -207,7 +207,7 @@ class _Gateway:
         allowance = Allowance(parts.feedback_per_minute)
         desk = Desk(self._tokens, pseudonyms, parts.captures, allowance, answers)
         thread = ThreadPoolExecutor(1, "feedback")
-        ears = Ears(self._keys, desk, self._journal, reader, thread, self._metrics, parts.max_body, self._heard)
+        ears = Ears(self._keys, desk, self._journal, reader, thread, self._metrics, parts.max_body)
         self._listening = Listening(ears, parts.rewards)
         self._otlp = otlp.Receiver(ears)
         self._proxy = Proxy(
@@ -237,7 +237,6 @@ class _Gateway:
                     replica.close()
             if self._spans is not None:
                 await asyncio.to_thread(self._spans.close)
-            linked.close()
 
     def _begin(self) -> _Known:
         """What the store says; if it is away, what this machine knew last. Raises `StateError` if that is nothing."""
@@ -301,10 +300,6 @@ class _Gateway:
         self._journal.put(fact)
         if self._spans is not None:
             self._spans.answered(fact)
-
-    def _heard(self, signals: Sequence[Signal]) -> None:
-        if self._spans is not None:
-            self._spans.heard(signals)
 
     def generate(self, name: str) -> Endpoint:
         async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:

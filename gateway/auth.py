@@ -22,6 +22,7 @@ OPEN_TENANT = "default"
 TOKEN_KEYS = "tokens:"
 """What the names of secrets begin with that sign feedback tokens; the id of the key follows."""
 SEEN_LIMIT = 10_000
+TOKEN_LIMIT = 4096
 
 
 def new_key(tenant: str, role: str, now: float, text: bool = False) -> tuple[str, ApiKey]:
@@ -51,23 +52,23 @@ class KeyRing:
 
     def __init__(self, require_key: bool) -> None:
         self.require_key = require_key
-        self._by_digest: dict[str, ApiKey] = {}
-        self._seen: dict[bytes, Caller] = {}
+        self._known: tuple[dict[str, ApiKey], dict[bytes, Caller]] = {}, {}
+        """Keys by digest, and who they were found to be; swapped together, for another thread refreshes them."""
 
     def refresh(self, keys: Iterable[ApiKey]) -> None:
         valid = {key.digest: key for key in keys if not key.revoked}
-        if valid != self._by_digest:
-            self._by_digest = valid
-            self._seen.clear()
+        if valid != self._known[0]:
+            self._known = valid, {}
 
     def caller(self, authorization: bytes) -> Caller:
         """Who sends this `Authorization` header. Raises `ApiError` 401."""
-        known = self._seen.get(authorization)
+        by_digest, seen = self._known
+        known = seen.get(authorization)
         if known is not None:
             return known
         scheme, _, secret = authorization.decode("latin-1").partition(" ")
         digest = _digest(secret.strip())
-        key = self._by_digest.get(digest) if scheme.lower() == "bearer" else None
+        key = by_digest.get(digest) if scheme.lower() == "bearer" else None
         if key is None and self.require_key:
             raise ApiError(
                 401,
@@ -76,9 +77,9 @@ class KeyRing:
                 code="invalid_api_key",
             )
         caller = Caller(key.tenant, key.id, key.role, True, key.text) if key else Caller(OPEN_TENANT, digest[:16])
-        if len(self._seen) >= SEEN_LIMIT:  # wrong keys are remembered too
-            self._seen.clear()
-        self._seen[authorization] = caller
+        if len(seen) >= SEEN_LIMIT:  # wrong keys are remembered too
+            seen.clear()
+        seen[authorization] = caller
         return caller
 
 
@@ -198,10 +199,12 @@ class TokenSigner:
 
     def verify(self, token: str, now: float) -> Token:
         """The token's claims. Raises `ApiError` 401 if it is not ours, was changed, or has expired."""
+        if len(token) > TOKEN_LIMIT:
+            raise _bad_token("it is malformed")
         try:
             payload, mac = (base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in token.split("."))
             claims = self._decoder.decode(payload)
-        except (ValueError, binascii.Error, msgspec.MsgspecError):
+        except (ValueError, binascii.Error, msgspec.MsgspecError, RecursionError):
             raise _bad_token("it is malformed") from None
         key = self._keys.get(claims.key_id)
         if key is None or not hmac.compare_digest(mac, _mac(key, payload)):

@@ -18,7 +18,7 @@ import msgspec
 from gateway.auth import Caller, Pseudonyms, Token, TokenSigner
 from gateway.limits import Allowance
 from gateway.openai import ApiError
-from telemetry.events import DETECTED_ONLY, SIGNAL_KINDS, Interaction, Signal, new_id
+from telemetry.events import DETECTED_ONLY, SIGNAL_KINDS, Interaction, Signal, answer_name, new_id
 from telemetry.privacy import Captures
 
 KINDS = SIGNAL_KINDS - DETECTED_ONLY
@@ -141,12 +141,12 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
     name, value = _value(item)
     subject = claims.subject if claims else (desk.pseudonyms.of(tenant, item.user) if item.user else None)
     signal = Signal(
-        event_id=item.event_id or new_id(),
+        event_id=_event_id(item, tenant, desk),
         at=_when(item.at, now),
         received_at=now,
         kind=item.kind,
         tenant=tenant,
-        response_id=claims.request_id if claims else item.response_id,
+        response_id=claims.request_id if claims else item.response_id and answer_name(item.response_id),
         trace_id=None if claims else item.trace_id,
         session=desk.pseudonyms.session(tenant, item.session_id) if item.session_id and not claims else None,
         subject=subject,
@@ -160,7 +160,15 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
         return signal
     capture = desk.captures.of_any([(i.route, i.consent) for i in desk.answers(signal)], tenant)
     target = item.target if item.kind != "comparison" and capture.text == "full" else signal.target
-    return msgspec.structs.replace(signal, text=capture.line(_text(item)), target=target, name=capture.label(name))
+    name = capture.label(name) if item.kind == "outcome" or capture.text != "off" else None
+    return msgspec.structs.replace(signal, text=capture.line(_text(item)), target=target, name=name)
+
+
+def _event_id(item: Item, tenant: str, desk: Desk) -> str:
+    """The app's own id of the event, by a hash where it could hold what may not be kept."""
+    if not item.event_id:
+        return new_id()
+    return item.event_id if desk.captures.whole else desk.pseudonyms.of(tenant, "event", item.event_id)
 
 
 def _answer_of(tenant: str, response_id: str, desk: Desk) -> str | None:

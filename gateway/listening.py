@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +25,8 @@ from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal, JournalWriter
 
 PATH = "/v1/feedback"
+MOST_BYTES = 4 << 20
+"""Of a body: more items than are allowed fit in."""
 TOKEN = b"x-understudy-feedback-token"
 
 ANY_ORIGIN = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"retry-after")]
@@ -48,8 +50,6 @@ class Ears:
     thread: ThreadPoolExecutor
     metrics: Metrics
     max_body: int
-    told: Callable[[Sequence[Signal]], None]
-    """Hears of the signals once they are on disk."""
 
     def caller(self, headers: Mapping[bytes, bytes]) -> Caller:
         """Who speaks, for the tenant that it speaks for. Raises `ApiError` 401."""
@@ -65,7 +65,6 @@ class Ears:
             await self.writer.put_durably(signals)
         for signal in signals:
             self.metrics.signals.labels(signal.kind, signal.source).inc()
-        self.told(signals)
 
 
 class Listening:
@@ -80,8 +79,8 @@ class Listening:
         headers = dict(scope["headers"])
         loop = asyncio.get_running_loop()
         try:
-            items = read_items(await read_body(headers, receive, self._ears.max_body))
-            judged = await loop.run_in_executor(self._ears.thread, self._judge, items, headers, time.time())
+            sent = await read_body(headers, receive, min(MOST_BYTES, self._ears.max_body))
+            items, judged = await loop.run_in_executor(self._ears.thread, self._judge, sent, headers, time.time())
             problems = [p for p in judged if isinstance(p, Problem)]
             signals = [s for s in judged if isinstance(s, Signal)]
             if problems and not signals:
@@ -95,7 +94,12 @@ class Listening:
             return
         except ClientLeft:
             return
-        body: dict[str, Any] = {"accepted": len(signals), "ids": [signal.event_id for signal in signals]}
+        ids = [
+            (isinstance(item, Item) and item.event_id) or one.event_id
+            for item, one in zip(items, judged, strict=True)
+            if isinstance(one, Signal)
+        ]
+        body: dict[str, Any] = {"accepted": len(signals), "ids": ids}
         if problems:
             body["errors"] = problems
         wait = max((p.retry_after for p in problems if p.retry_after is not None), default=None)
@@ -103,9 +107,10 @@ class Listening:
         await send_json(send, 202, body, ANY_ORIGIN + more)
 
     def _judge(
-        self, items: Sequence[Item | Problem], headers: Mapping[bytes, bytes], now: float
-    ) -> list[Signal | Problem]:
-        """Runs in the thread. Raises `StateError` if the journal cannot be read."""
+        self, body: bytes, headers: Mapping[bytes, bytes], now: float
+    ) -> tuple[list[Item | Problem], list[Signal | Problem]]:
+        """Runs in the thread. Raises `ApiError` if the body is no feedback, `StateError` if the journal is away."""
+        items = read_items(body)
         try:
             caller: Caller | None = self._ears.caller(headers)
         except ApiError:
@@ -118,7 +123,7 @@ class Listening:
         for one in judged:
             if isinstance(one, Problem):
                 self._ears.refused(one)
-        return judged
+        return items, judged
 
     async def get(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The summary of an answer, for its tenant's keys and whoever holds its token.
@@ -165,7 +170,7 @@ class Listening:
         if text and caller:
             reader.note_read(now, caller.id, f"feedback of {answer.request_id}")
         terms = self._rewards.get(answer.route, Reward())
-        return summary(answer, session, reader.signals_about(session), terms, now, text=text)
+        return summary(answer, session, reader.heard_about(session), terms, now, text=text)
 
     async def preflight(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What a browser asks before it sends (the Fetch standard's CORS preflight)."""

@@ -29,6 +29,10 @@ _WINDOWS = {b"gzip": 31, b"deflate": 15}
 _CODES = {401: 16, 403: 7, 408: 4, 413: 8, 503: 14}
 """HTTP status → google.rpc.Code; all others are INVALID_ARGUMENT."""
 _REASONS = 3
+MOST_BYTES = 4 << 20
+"""Of a body, packed and unpacked; what is larger takes so long to read that requests would wait."""
+MOST_MEMBERS = 64
+"""Of a gzip file; each costs a look at all that follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class Receiver:
             if kind not in _TYPES:
                 raise ApiError(415, "send application/x-protobuf or application/json")
             caller = self._ears.caller(headers)
-            body = await read_body(headers, receive, self._ears.max_body)
+            body = await read_body(headers, receive, min(MOST_BYTES, self._ears.max_body))
             work = (service, encoding, packing, body, caller, time.time())
             taken = await asyncio.get_running_loop().run_in_executor(self._ears.thread, self._take, *work)
             await self._ears.keep(taken.signals)
@@ -74,7 +78,11 @@ class Receiver:
     ) -> _Taken:
         """Runs in the thread. Raises `ApiError` 400 or 413, and `StateError` if the journal cannot be read."""
         try:
-            records = read(service, encoding, body if packing is None else unpacked(body, packing, self._ears.max_body))
+            records = read(
+                service,
+                encoding,
+                body if packing is None else unpacked(body, packing, min(MOST_BYTES, self._ears.max_body)),
+            )
         except Invalid as error:
             raise ApiError(400, str(error)) from None
         signals: list[Signal] = []
@@ -91,6 +99,8 @@ class Receiver:
         return _Taken(signals, len({said.index for said, _ in problems}), "; ".join(reasons + more))
 
     def _judge(self, said: Said, caller: Caller, now: float) -> Signal | Problem:
+        if said.problem:
+            return Problem(said.index, said.problem)
         try:
             item = msgspec.convert(said.fields, Item)
         except msgspec.ValidationError as error:
@@ -120,7 +130,9 @@ def unpacked(body: bytes, window: int, limit: int) -> bytes:
     """
     parts: list[bytes] = []
     room = limit + 1
-    while body:
+    for _ in range(MOST_MEMBERS + 1):
+        if not body:
+            return b"".join(parts)
         inflate = zlib.decompressobj(window)
         try:
             parts.append(inflate.decompress(body, room))
@@ -128,11 +140,11 @@ def unpacked(body: bytes, window: int, limit: int) -> bytes:
             raise ApiError(400, f"the body cannot be decompressed: {error}") from None
         room -= len(parts[-1])
         if room <= 0:
-            raise ApiError(413, f"decompressed, the body is larger than {limit} bytes, the limit (`listen.max_body`)")
+            raise ApiError(413, f"decompressed, the body is larger than {limit} bytes, the limit here")
         if not inflate.eof:
             raise ApiError(400, "the body cannot be decompressed: it ends too early")
         body = inflate.unused_data
-    return b"".join(parts)
+    raise ApiError(400, f"the body has more than {MOST_MEMBERS} gzip members")
 
 
 def _packing(name: bytes) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from router.policy import Reward
 from router.reward import TWO_SIDED, Heard, counted, score, session_reward
-from telemetry.events import Interaction, Signal
+from telemetry.events import REPLACED, Interaction, Signal, answer_name, names_of
 
 
 def summary(
@@ -25,9 +25,13 @@ def summary(
     The reward is the session's, in [0, 1], of what counts by `now`; None while nothing does. `text`: with what people
     wrote.
     """
-    names = {name: answer.event_id for name in (answer.request_id, answer.response_id, answer.trace_id) if name}
-    heard = [(seq, s) for seq, s in signals if (s.response_id or s.trace_id) in names]
-    standing = [signal for _, _, signal in counted(heard, names)]
+    names = dict.fromkeys(names_of(answer), answer.event_id)
+    heard = [
+        (seq, s)
+        for seq, s in signals
+        if s.response_id and (s.response_id in names or answer_name(s.response_id) in names)
+    ]
+    standing = [signal for _, _, signal in counted(heard, names) if signal.kind != REPLACED]
     ripe = max((seq for seq, s in signals if (s.received_at or s.at) <= now - terms.window), default=0)
     reward = session_reward(session, signals, terms, ripe)
     behaviour = [s for _, s in signals if s.kind not in TWO_SIDED and s.kind in terms.signals]

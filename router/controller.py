@@ -16,8 +16,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import msgspec
 from msgspec.structs import replace
@@ -31,8 +32,9 @@ from router.reward import Heard, session_reward
 from router.store import Change, Store, session_key
 from router.weights import shares
 from telemetry.errors import Fenced, StateError
-from telemetry.events import Fact, Interaction, Signal
-from telemetry.journal import Journal
+from telemetry.events import Fact, Interaction, Signal, answer_name, names_of
+from telemetry.journal import Journal, meant
+from telemetry.privacy import stripped
 from telemetry.signals import Rules, after_silence, alike, compared, heard_from
 from telemetry.threads import Threads
 
@@ -85,7 +87,15 @@ def matured(window: float) -> str:
 class Controller:
     """`run` until stopped; `step` is one round. Never two at once on a store: the second waits for the lease."""
 
-    def __init__(self, routes: Iterable[RoutePlan], journal: Journal, store: Store, owner: str) -> None:
+    def __init__(
+        self,
+        routes: Iterable[RoutePlan],
+        journal: Journal,
+        store: Store,
+        owner: str,
+        told: Callable[[Signal, Interaction], None] | None = None,
+    ) -> None:
+        """`told` hears of every signal with its answer, as soon as both are journaled; after a takeover maybe twice."""
         self.routes = {route.name: route for route in routes}
         self._rules = {name: rules(plan.reward) for name, plan in self.routes.items()}
         self._journal = journal
@@ -93,6 +103,7 @@ class Controller:
         self._threads: Threads | None = None
         self._refits = Refits(journal.path)
         self._owner = owner
+        self._told = told
         self._full: set[str] = set()
         """Routes whose segments were said to be too many."""
         self._computed: dict[str, tuple[int, int, float]] = {}
@@ -141,6 +152,9 @@ class Controller:
         if new:
             sessions = self._journal.sessions(self._touched(new.values()), new)
             heard = self._hear([fact for _, fact in facts], sessions, now)
+            if self._told is not None:
+                self._tell(facts)
+            self._silence(fact for _, fact in facts if isinstance(fact, Interaction) and "off" in fact.redacted)
             self._settle(sessions, {one.window: one.mark for one in ripened}, lease.token)
         for route in self.routes.values():
             self._publish(route, now, lease.token)
@@ -178,18 +192,20 @@ class Controller:
 
     def _touched(self, facts: Iterable[Fact]) -> list[Session]:
         """The sessions whose reward may have changed; a signal whose answer is not known yet touches none."""
-        sessions: dict[Session, None] = {}
-        for fact in facts:
-            about = [fact] if isinstance(fact, Interaction) else [i for _, i in self._journal.answers(fact)]
-            sessions.update({(i.tenant, i.session): None for i in about})
-        return list(sessions)
+        requests = [fact for fact in facts if isinstance(fact, Interaction)]
+        signals = [fact for fact in facts if isinstance(fact, Signal)]
+        replaced = [one for s in signals if s.source != "detected" for one in self._journal.event(s.tenant, s.event_id)]
+        elsewhere = [one for one in replaced if _about(one) not in {_about(s) for s in signals}]
+        heard = [*signals, *elsewhere, *self._journal.in_traces(requests)]
+        about = chain(requests, *([i for _, i in self._journal.answers(signal)] for signal in heard))
+        return list(dict.fromkeys((i.tenant, i.session) for i in about))
 
     def _hear(self, new: Iterable[Fact], sessions: Requests, now: float) -> int:
         """Journal what requests, comparisons and silence tell about answers; how many signals there were."""
         heard: dict[str, Signal] = {}
         for fact in new:
             if isinstance(fact, Signal):
-                heard |= {s.event_id: s for s in compared(fact)}
+                heard |= {s.event_id: s for s in self._verdicts(fact)}
             elif fact.route in self.routes:
                 before = [
                     i for _, i in sessions[fact.tenant, fact.session] if i.route == fact.route and i.at <= fact.at
@@ -201,10 +217,41 @@ class Controller:
                 own = [i for _, i in requests if i.route == name]
                 ended = after_silence(own, now, self._rules[name])
                 heard |= {s.event_id: s for s in ended if s.kind == "abandon"}  # a length is counted when asked for
-        fresh = [s for s in heard.values() if s.kind == "poll" or not self._journal.has_signal(s.event_id)]
+        fresh = [s for s in heard.values() if s.kind == "poll" or self._is_new(s)]
         if fresh:
             self._journal.append(fresh)
         return len(fresh)
+
+    def _tell(self, facts: Sequence[tuple[int, Fact]]) -> None:
+        """Tell of new signals whose answers are there, and of signals that were waiting for a new answer."""
+        assert self._told is not None
+        answers = {seq: fact for seq, fact in facts if isinstance(fact, Interaction)}
+        new = {seq: fact for seq, fact in facts if isinstance(fact, Signal)}
+        waited = {seq: s for seq, s in self._journal.signals_about(answers.values()) if seq not in new}
+        for seq, signal in (waited | new).items():
+            about = self._journal.answers(signal)
+            if about and (seq in new or (about[0][0] in answers and about[0][0] > seq)):
+                self._told(signal, meant([i for _, i in about], signal.at))
+
+    def _silence(self, answers: Iterable[Interaction]) -> None:
+        """Take back text that came about answers of which none may be kept, before it was known that none may."""
+        early = [seq for seq, s in self._journal.signals_about(answers) if stripped(s) != s]
+        if early:
+            self._journal.rewrite(early, stripped)
+            self._journal.scrub()
+
+    def _verdicts(self, fact: Signal) -> list[Signal]:
+        """What a comparison says of each answer, as it was sent last; what it said of others before is taken back."""
+        if fact.kind != "comparison" or fact.source == "detected":
+            return []
+        *before, last = self._journal.event(fact.tenant, fact.event_id)
+        now = {signal.event_id: signal for signal in compared(last)}
+        gone = {signal.event_id: signal for one in before for signal in compared(one) if signal.event_id not in now}
+        return [*now.values(), *(replace(signal, value=None) for signal in gone.values())]
+
+    def _is_new(self, signal: Signal) -> bool:
+        known = self._journal.event(signal.tenant, signal.event_id)
+        return not known or (signal.kind == "comparison" and known[-1].value != signal.value)
 
     def _continued(self, new: Interaction) -> Interaction | None:
         """The request whose answer `new` continues. It may look like another session's: apps change how they begin."""
@@ -220,7 +267,7 @@ class Controller:
 
     def _settle(self, sessions: Requests, marks: Mapping[float, int], token: int) -> None:
         """Bring the sessions' contributions to each route's sums up to date."""
-        signals = self._journal.signals_about(i for requests in sessions.values() for _, i in requests)
+        signals = self._journal.heard_about(i for requests in sessions.values() for _, i in requests)
         changes: dict[str, list[Change]] = {}
         for key, heard in by_session(sessions, signals).items():
             for name in {i.route for _, i in sessions[key]} & self.routes.keys():
@@ -291,18 +338,21 @@ class Controller:
         return new
 
 
+def _about(signal: Signal) -> tuple[str | None, ...]:
+    return signal.tenant, signal.response_id, signal.trace_id, signal.session
+
+
 def by_session(sessions: Requests, signals: Iterable[Heard]) -> dict[Session, list[Heard]]:
     """The signals about each session. One without any is left out: it has nothing to contribute, nor to take back."""
     session_of = {
         (tenant, name): session
         for (tenant, session), requests in sessions.items()
         for _, i in requests
-        for name in (i.request_id, i.response_id, i.trace_id)
-        if name
+        for name in names_of(i)
     }
     heard: dict[Session, list[Heard]] = {}
     for seq, s in signals:
-        name = s.response_id or s.trace_id
+        name = s.response_id and answer_name(s.response_id)
         session = session_of.get((s.tenant, name)) if name else s.session
         if session is not None:
             heard.setdefault((s.tenant, session), []).append((seq, s))
@@ -319,17 +369,17 @@ def contribution(
     """
     own = [(seq, i) for seq, i in requests if i.route == plan.name]
     newest = max(seq for seq, _ in (*own, *signals))
-    ripe = max((seq for seq, _ in signals if seq <= mark), default=0)
+    revision = newest + min(mark, newest)
     reward = session_reward([i for _, i in own], signals, plan.reward, mark)
     if reward is None:
-        return newest + ripe, {}
+        return revision, {}
     took = measured(plan.reward, plan.arms, (i for _, i in own if i.error is None))
     cells = reward.contribution()
     cells |= {reward.cell(metric): Sums(1.0, value, value * value) for metric, value in took.items()}
     if plan.reward.mode == "calibrated":
         good = reward.vote is not None and reward.vote > 0.5
         cells[reward.cell(metric_of(reward.pattern))] = Sums(1.0, float(reward.vote not in (None, 0.5)), float(good))
-    return newest + ripe, cells
+    return revision, cells
 
 
 def calibration_of(store: Store, route: str) -> Calibration | None:

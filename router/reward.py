@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from router.arms import Cell, Sums
 from router.bandit import bucket_of
 from router.policy import Outcome, Reward
-from telemetry.events import Interaction, Signal
+from telemetry.events import Interaction, Signal, answer_name, names_of
 
 TWO_SIDED = frozenset(["thumb", "rating", "comparison", "survey", "outcome"])
+NAMED = frozenset(["survey", "outcome"])
 SESSION = "session"
 """In the place of an answer: the session as a whole."""
 ALL = 2**63 - 1
@@ -83,8 +84,8 @@ def score(signal: Signal) -> float | None:
 def counted(signals: Iterable[Heard], answer_of: Mapping[str, str]) -> list[tuple[str, int, Signal]]:
     """Of signals in order of arrival, those that count, each with the answer (or `SESSION`) that it is about.
 
-    The last one of each event id and, of those, of each (answer, kind, name, subject) counts. `answer_of`: an
-    answer by any of its names; a signal about one that is not there does not count.
+    The last one of each event id and, of those, of each (answer, kind, subject) counts, outcomes and surveys by name.
+    `answer_of`: an answer by any of its names; a signal about one that is not there does not count.
     """
     latest: dict[str, Heard] = {}
     for seq, signal in signals:
@@ -93,8 +94,10 @@ def counted(signals: Iterable[Heard], answer_of: Mapping[str, str]) -> list[tupl
     slots: dict[tuple[object, ...], tuple[str, int, Signal]] = {}
     for seq, signal in latest.values():
         answer = _answer(signal, answer_of)
-        if answer is not None:
-            slots[answer, signal.kind, signal.name, signal.subject] = answer, seq, signal
+        said_by_itself = signal.kind != "comparison" or signal.source == "detected"  # else it speaks of two answers
+        if answer is not None and said_by_itself:
+            name = signal.name if signal.kind in NAMED else None
+            slots[answer, signal.kind, name, signal.subject] = answer, seq, signal
     return list(slots.values())
 
 
@@ -110,7 +113,7 @@ def session_reward(
     answers = [i for i in interactions if i.error in (None, "client_left") and i.answerer.policy != "pinned"]
     if not answers:
         return None
-    names = {name: i.event_id for i in answers for name in (i.request_id, i.response_id, i.trace_id) if name}
+    names = {name: i.event_id for i in answers for name in (*names_of(i), i.trace_id) if name}
     ends = {i.event_id: i.at + i.duration for i in answers}
     ends[SESSION] = max(ends.values())
     ripe = {_answer(signal, names) for seq, signal in signals if seq <= matured}
@@ -143,7 +146,7 @@ def session_reward(
 
 def _answer(signal: Signal, answer_of: Mapping[str, str]) -> str | None:
     named = signal.response_id or signal.trace_id
-    return answer_of.get(named) if named else SESSION
+    return (answer_of.get(named) or answer_of.get(answer_name(named))) if named else SESSION
 
 
 def _happened(signal: Signal) -> float:

@@ -54,16 +54,16 @@ AGREED = 0.2
 POLISH = 10
 
 LABEL_WORDS = 3
-LABEL_SESSIONS = 5
-"""Sessions in whose prompts a word of a label occurs at least, so that it tells of nobody."""
+LABEL_USERS = 5
+"""Users (or sessions of nobody known) who said a word of a label at least, so that it tells of nobody."""
 
 _WORD = re.compile(r"[^\W_]+")
 
 
 class Prompt(NamedTuple):
-    """What a session began with."""
+    """What a session began with, and who began it."""
 
-    session: str
+    who: str
     text: str
 
 
@@ -142,21 +142,21 @@ def inherit(new: Segmenter, old: Segmenter, texts: Iterable[str]) -> Segmenter:
 def labelled(segmenter: Segmenter, prompts: Iterable[Prompt]) -> Segmenter:
     """`segmenter` with its clusters' most telling words; only for prompts whose text may be kept.
 
-    A word must be of letters only and occur in the cluster's prompts of `LABEL_SESSIONS` sessions; words are ranked by
+    A word must be of letters only and occur in the cluster's prompts of `LABEL_USERS` users; words are ranked by
     their share of what tells the cluster from all prompts, p log(p / q) (Kullback & Leibler 1951).
     """
     heard: dict[tuple[int, str], set[str]] = {}
     for prompt in prompts:
         place = _place(segmenter, prompt.text)
         if place >= 0:
-            heard.setdefault((place, prompt.session), set()).update(_words(prompt.text))
+            heard.setdefault((place, prompt.who), set()).update(_words(prompt.text))
     sessions = Counter(place for place, _ in heard)
     counts = {
         place: Counter(chain.from_iterable(words for (at, _), words in heard.items() if at == place))
         for place in sessions
     }
     overall = sum(counts.values(), Counter())
-    shares = {word: count / len(heard) for word, count in overall.items() if count >= LABEL_SESSIONS}
+    shares = {word: count / len(heard) for word, count in overall.items() if count >= LABEL_USERS}
     return replace(
         segmenter,
         labels=tuple(
@@ -176,7 +176,7 @@ def prompts_of(route: str, interactions: Iterable[Interaction]) -> list[Prompt]:
         if i.route == route and i.messages is not None and i.consent != "none":
             text = prompt_of(msgspec.json.encode(i.messages))
             if text:
-                found[Prompt(session_key(i.tenant, i.session), text)] = None
+                found[Prompt(session_key(i.tenant, i.user or i.session), text)] = None
         if len(found) >= MOST_PROMPTS:
             break
     return list(found)
@@ -271,7 +271,7 @@ def _label(counts: Mapping[str, int], sessions: int, shares: Mapping[str, float]
     telling = {
         word: count / sessions * np.log(count / sessions / shares[word])
         for word, count in counts.items()
-        if count >= LABEL_SESSIONS and word.isalpha() and len(word) > 1
+        if count >= LABEL_USERS and word.isalpha() and len(word) > 1
     }
     best = sorted((word for word in telling if telling[word] > 0), key=lambda word: (-telling[word], word))
     return " ".join(best[:LABEL_WORDS])

@@ -186,6 +186,26 @@ _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Fact] = msgspec.json.Decoder(Interaction | Signal)
 
 
+def answer_name(response_id: str) -> str:
+    """The name that an answer is kept under: our request id where its own id ends with one, else its own id.
+
+    vLLM writes ours after a prefix, which depends on the endpoint ("chatcmpl-…", "resp_…").
+    """
+    own = response_id.replace("_", "-").rpartition("-")[2]
+    return own if len(own) >= 6 and set(own) <= _HEX else response_id
+
+
+_HEX = set("0123456789abcdef")
+REPLACED = "replaced"
+"""The kind of a signal in whose place another one came, under its event id."""
+
+
+def names_of(answer: Interaction) -> list[str]:
+    """All names by which a signal may speak of the answer itself."""
+    own = (answer.request_id, answer.response_id, answer.response_id and answer_name(answer.response_id))
+    return list(dict.fromkeys(name for name in own if name))
+
+
 def encode(fact: Fact) -> bytes:
     """The fact as JSON, its type under `type`."""
     return _encoder.encode(fact)

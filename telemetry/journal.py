@@ -9,6 +9,7 @@ memory (at most `limit`; then interactions are dropped and counted, and durable 
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 import time
 from collections import deque
@@ -17,9 +18,11 @@ from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from telemetry.errors import StateError, StateUnavailable
-from telemetry.events import Fact, Interaction, Signal, decode, encode
-from telemetry.sqlite import connect, transaction, translated
+from telemetry.events import REPLACED, Fact, Interaction, Signal, answer_name, decode, encode, names_of
+from telemetry.sqlite import BUSY_SECONDS, connect, transaction, translated
 
 MIGRATIONS = [
     """
@@ -104,12 +107,10 @@ class Journal:
             row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'facts'").fetchone()
         return row[0] if row else 0
 
-    def has_signal(self, event_id: str) -> bool:
-        with translated(self.path):
-            found = self._db.execute(
-                "SELECT 1 FROM facts WHERE event_id = ? AND type = 'signal'", (event_id,)
-            ).fetchone()
-        return found is not None
+    def event(self, tenant: str, event_id: str) -> list[Signal]:
+        """All signals that came under an event id, oldest first; the last one counts."""
+        rows = self._select("WHERE event_id = ? AND type = 'signal' AND tenant = ? ORDER BY seq", (event_id, tenant))
+        return [fact for _, fact in rows if isinstance(fact, Signal)]
 
     def interactions_of(self, tenant: str, session: str) -> list[tuple[int, Interaction]]:
         """A session's requests on all routes, oldest first."""
@@ -121,9 +122,9 @@ class Journal:
     def answers(self, signal: Signal) -> list[tuple[int, Interaction]]:
         """The interactions that `signal` is about, of its own tenant only; empty if none is journaled yet."""
         if signal.response_id:
-            name = signal.response_id
+            name = answer_name(signal.response_id)
             clauses = ("request_id = ?", "response_id = ?")
-            values = (_own_part(name), name)
+            values = (name, name)
         elif signal.trace_id:
             clauses, values = ("trace_id = ?",), (signal.trace_id,)  # type: ignore[assignment]
         else:
@@ -170,15 +171,56 @@ class Journal:
 
     def signals_about(self, interactions: Iterable[Interaction]) -> list[tuple[int, Signal]]:
         """Every signal about one of `interactions`, by answer, by trace or by session, in order of arrival."""
-        names: dict[str, dict[tuple[str, str], None]] = {"response_id": {}, "trace_id": {}, "session": {}}
+        about: dict[str, dict[tuple[str, str], None]] = {"response_id": {}, "trace_id": {}, "session": {}}
         for i in interactions:
-            names["response_id"] |= {(i.tenant, name): None for name in (i.request_id, i.response_id) if name}
-            names["trace_id"] |= {(i.tenant, i.trace_id): None} if i.trace_id else {}
-            names["session"][i.tenant, i.session] = None
+            about["response_id"] |= {(i.tenant, name): None for name in names_of(i)}
+            about["trace_id"] |= {(i.tenant, i.trace_id): None} if i.trace_id else {}
+            about["session"][i.tenant, i.session] = None
         found: dict[int, Signal] = {}
-        for column, keys in names.items():
+        for column, keys in about.items():
             found |= {seq: fact for seq, fact in self._about("signal", column, keys) if isinstance(fact, Signal)}
         return sorted(found.items())
+
+    def heard_about(self, interactions: Iterable[Interaction], end: int = 2**62) -> list[tuple[int, Signal]]:
+        """`signals_about` as they count, up to sequence number `end`: of each event id the last one, about whatever.
+
+        The others are of the kind `REPLACED`, with the number of that last one. A signal that only names a trace is
+        about one answer of it (`meant`), and says so here.
+        """
+        signals = [(seq, signal) for seq, signal in self.signals_about(interactions) if seq <= end]
+        last = self._last_of_each((signal.tenant, signal.event_id) for _, signal in signals)
+        traces: dict[tuple[str, str], list[Interaction]] = {}
+        found = []
+        for seq, signal in signals:
+            newest = last.get((signal.tenant, signal.event_id), seq)
+            if seq < newest <= end:
+                signal, seq = replace(signal, kind=REPLACED), newest
+            if signal.response_id is None and signal.trace_id is not None:
+                key = signal.tenant, signal.trace_id
+                if key not in traces:
+                    traces[key] = [fact for at, fact in self.answers(signal) if at <= end]
+                signal = replace(signal, response_id=meant(traces[key], signal.at).request_id)
+            found.append((seq, signal))
+        return sorted(found, key=lambda row: (row[0], row[1].kind != REPLACED))
+
+    def _last_of_each(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+        """The newest sequence number of each (tenant, event id) of signals."""
+        found: dict[tuple[str, str], int] = {}
+        with translated(self.path):
+            for tenant, ids in _by_tenant(keys):
+                marks = ", ".join("?" * len(ids))
+                where = (
+                    f"SELECT event_id, MAX(seq) FROM facts WHERE event_id IN ({marks}) AND type = 'signal'"
+                    " AND +tenant = ? GROUP BY event_id"
+                )
+                found |= {(tenant, event): seq for event, seq in self._db.execute(where, (*ids, tenant))}
+        return found
+
+    def in_traces(self, interactions: Iterable[Interaction]) -> list[Signal]:
+        """Signals that name only the trace of one of `interactions`."""
+        keys = dict.fromkeys((i.tenant, i.trace_id) for i in interactions if i.trace_id)
+        found = [fact for _, fact in self._about("signal", "trace_id", keys)]
+        return [fact for fact in found if isinstance(fact, Signal) and fact.response_id is None]
 
     def _about(self, kind: str, column: str, keys: Iterable[tuple[str, str]]) -> Iterator[tuple[int, Fact]]:
         """The facts of a kind whose (tenant, `column`) is one of `keys`."""
@@ -190,10 +232,10 @@ class Journal:
             yield from self._select(where, (tenant, *names, kind))
 
     def recent(self, since: float, limit: int = 100_000) -> list[tuple[int, Fact]]:
-        """The newest facts not older than `since`, at most about `limit`, oldest first."""
+        """The newest facts that came after `since`, at most about `limit`, oldest first."""
         found: list[tuple[int, Fact]] = []
         for rows in self.backwards():
-            fresh = [(seq, fact) for seq, fact in rows if fact.at >= since]
+            fresh = [(seq, fact) for seq, fact in rows if _came(fact) >= since]
             found += fresh
             if len(fresh) < len(rows) / 2 or len(found) >= limit:  # facts come nearly in the order of their times
                 break
@@ -206,20 +248,30 @@ class Journal:
             yield rows
             before = rows[-1][0]
 
-    def rewrite(self, facts: Sequence[tuple[int, Fact]]) -> None:
-        """Put others in the place of facts, by sequence number, and overwrite what stood there.
+    def rewrite(self, places: Sequence[int], change: Callable[[Fact], Fact]) -> None:
+        """Put what `change` makes of them in the place of facts, by sequence number, and overwrite what stood there.
 
         For text that must go, and for nothing else. The old text may stay in the write-ahead log until `scrub`.
         """
         with translated(self.path):
             self._db.execute("PRAGMA secure_delete = ON")
-            with transaction(self._db):
-                self._db.executemany("UPDATE facts SET body = ? WHERE seq = ?", [(encode(f), seq) for seq, f in facts])
+            for start in range(0, len(places), AT_MOST):
+                part = tuple(places[start : start + AT_MOST])
+                with transaction(self._db):  # read in it too: somebody else may be at the same facts
+                    facts = self._select(f"WHERE seq IN ({', '.join('?' * len(part))})", part)
+                    changed = [(encode(new), seq) for seq, fact in facts if (new := change(fact)) != fact]
+                    self._db.executemany("UPDATE facts SET body = ? WHERE seq = ?", changed)
 
     def scrub(self) -> bool:
         """Empty the write-ahead log, where overwritten text may still stand; False if a reader is in the way now."""
         with translated(self.path):
-            busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._db.execute("PRAGMA busy_timeout = 0")  # while it waits for a reader, nobody could write
+            try:
+                busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            except sqlite3.OperationalError:
+                busy = 1
+            finally:
+                self._db.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}")
         return not busy
 
     def naming(self, name: str, after: int, limit: int = 1000) -> list[tuple[int, Fact]]:
@@ -257,6 +309,11 @@ class Journal:
         return [(seq, decode(body)) for seq, body in rows]
 
 
+def _came(fact: Fact) -> float:
+    """When we heard of it: what happened long ago may be told today."""
+    return fact.at if isinstance(fact, Interaction) else fact.received_at or fact.at
+
+
 def _by_tenant(keys: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
     """(tenant, name) pairs by tenant, at most `AT_MOST` names at once."""
     by_tenant: dict[str, list[str]] = {}
@@ -267,9 +324,9 @@ def _by_tenant(keys: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]
             yield tenant, names[start : start + AT_MOST]
 
 
-def _own_part(response_id: str) -> str:
-    """Our request id in the id of an answer: vLLM writes ours after a prefix ("chatcmpl-…", "resp_…")."""
-    return response_id.replace("_", "-").rpartition("-")[2]
+def meant(answers: Sequence[Interaction], at: float) -> Interaction:
+    """Of the answers in a trace (oldest first, one at least) the one that was meant at a time: the last one then."""
+    return next((answer for answer in reversed(answers) if answer.at <= at), answers[0])
 
 
 def _row(fact: Fact) -> tuple[object, ...]:
@@ -287,8 +344,8 @@ def _row(fact: Fact) -> tuple[object, ...]:
 
 def _foreign(fact: Interaction) -> str | None:
     """The answer's id if it cannot be found by our request id."""
-    name = fact.response_id
-    return name if name is not None and _own_part(name) != fact.request_id else None
+    name = answer_name(fact.response_id) if fact.response_id is not None else None
+    return name if name != fact.request_id else None
 
 
 class JournalWriter:

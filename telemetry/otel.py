@@ -9,8 +9,8 @@ OTLP/HTTP exporter; they are never the only copy of anything, so a dead collecto
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -20,7 +20,6 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from telemetry.errors import StateError
 from telemetry.events import OPERATIONS, Interaction, Signal
 
 _ATTRIBUTES: dict[str, Callable[[Interaction], Any]] = {
@@ -68,15 +67,34 @@ _SIGNAL: dict[str, Callable[[Signal, Interaction], Any]] = {
 _SCOPE = InstrumentationScope("understudy")
 
 
+MOST_WAITING = 2048
+"""Spans that wait to be sent; the SDK's own queue is as long, and forgets without a word."""
+
+
 class _Counting(SpanExporter):
-    """The exporter, counting what could not be sent."""
+    """The exporter, counting what waits for it and what could not be sent."""
 
     def __init__(self, exporter: SpanExporter, dropped: Callable[[int], None]) -> None:
         self._exporter = exporter
         self._dropped = dropped
+        self._waiting = 0
+        self._lock = threading.Lock()
+
+    def has_room(self) -> bool:
+        """Whether one more span may wait, which is counted with this."""
+        with self._lock:
+            room = self._waiting < MOST_WAITING
+            self._waiting += room
+        if not room:
+            self._dropped(1)
+        return room
 
     def export(self, spans: Any) -> SpanExportResult:
-        result = self._exporter.export(spans)
+        try:
+            result = self._exporter.export(spans)
+        finally:
+            with self._lock:
+                self._waiting -= len(spans)
         if result is not SpanExportResult.SUCCESS:
             self._dropped(len(spans))
         return result
@@ -91,41 +109,24 @@ class _Counting(SpanExporter):
 class Spans:
     """Sends a span for each answer and each signal to the collector at `endpoint` (base URL, without /v1/traces).
 
-    `answers`: the interactions that a signal is about, with their sequence numbers; asked in a thread of our own.
+    `dropped` is told how many were not sent, at once or later.
     """
 
-    def __init__(
-        self,
-        endpoint: str,
-        dropped: Callable[[int], None] = lambda _: None,
-        answers: Callable[[Signal], Sequence[tuple[int, Interaction]]] = lambda _: (),
-    ) -> None:
+    def __init__(self, endpoint: str, dropped: Callable[[int], None] = lambda _: None) -> None:
         exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=5)
-        self._processor = BatchSpanProcessor(_Counting(exporter, dropped))
+        self._exporter = _Counting(exporter, dropped)
+        self._processor = BatchSpanProcessor(self._exporter, max_queue_size=MOST_WAITING)
         self._resource = Resource.create({"service.name": "understudy"})
-        self._dropped = dropped
-        self._answers = answers
-        self._thread = ThreadPoolExecutor(1, "spans")
 
     def answered(self, fact: Interaction) -> None:
         """Queue the span of one answer."""
-        self._processor.on_end(self._span(fact))
+        if self._exporter.has_room():
+            self._processor.on_end(self._span(fact))
 
-    def heard(self, signals: Sequence[Signal]) -> None:
-        """Queue the spans of signals; one whose answer is not journaled (yet) has nothing to link to and is dropped."""
-        if signals:
-            self._thread.submit(self._link, signals)
-
-    def _link(self, signals: Sequence[Signal]) -> None:
-        for signal in signals:
-            try:
-                answers = self._answers(signal)
-            except StateError:
-                answers = ()
-            if answers:
-                self._processor.on_end(self._signal(signal, answers[-1][1]))
-            else:
-                self._dropped(1)
+    def heard(self, signal: Signal, answer: Interaction) -> None:
+        """Queue the span of one signal, about an answer."""
+        if self._exporter.has_room():
+            self._processor.on_end(self._signal(signal, answer))
 
     def _span(self, fact: Interaction) -> ReadableSpan:
         start = int(fact.at * 1e9)
@@ -170,7 +171,6 @@ class Spans:
 
     def close(self) -> None:
         """Send what is queued, for at most a few seconds."""
-        self._thread.shutdown()
         self._processor.shutdown()  # type: ignore[no-untyped-call]
 
 

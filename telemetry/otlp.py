@@ -56,6 +56,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 _INHERITED = (*ATTRIBUTES["response_id"], *ATTRIBUTES["user"])
 """Of a span, what is true of its events too."""
+MOST_RECORDS = 10_000
+MOST_OBJECTS = 200_000
+"""Objects in a body of JSON: to decode more would hold up whatever else the process does."""
 _DEPTH = 8
 """Lists and maps deeper than this in an attribute are dropped: no convention has them, and readers may choke."""
 
@@ -69,18 +72,30 @@ class Said:
     place: str
     fields: dict[str, Any]
     """As `POST /v1/feedback` has them: kind, value, name, text, target, event_id, user, at, and what it is about."""
+    problem: str = ""
+    """Why it cannot be taken."""
     spans: frozenset[str] = frozenset()
     """Hex ids of spans one of which is the answer's, or its parent, where only a trace is named."""
 
 
 def read(service: Service, encoding: Encoding, body: bytes) -> list[Said]:
-    """What an export request's body says to us. Raises `Invalid` if it is no such request, or an id of ours is none."""
+    """What an export request's body says to us. Raises `Invalid` if it is no such request, or has too many records."""
     message, _, shape = _FORMS[service]
+    if encoding == "json" and body.count(b"{") > MOST_OBJECTS:
+        raise Invalid(f"the body has more than {MOST_OBJECTS:,} JSON objects; send smaller batches", "body")
     try:
         request = message.FromString(body) if encoding == "protobuf" else _decode(body, shape)
     except (DecodeError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Invalid(f"the body is no {message.DESCRIPTOR.name} in {encoding}: {error}") from None
-    return [_said(record) for record in (_spans(request) if service == "traces" else _log_records(request))]
+    records = sum(len(s.spans if service == "traces" else s.log_records) for s in _scopes(request, service))
+    if records > MOST_RECORDS:
+        raise Invalid(f"the body has {records:,} records; send at most {MOST_RECORDS:,} at once", "body")
+    return list(_spans(request) if service == "traces" else _log_records(request))
+
+
+def _scopes(request: Any, service: Service) -> Iterator[Any]:
+    resources = request.resource_spans if service == "traces" else request.resource_logs
+    return (s for r in resources for s in (r.scope_spans if service == "traces" else r.scope_logs))
 
 
 def answer(service: Service, encoding: Encoding, rejected: int = 0, why: str = "") -> bytes:
@@ -118,9 +133,9 @@ class _Record:
     """(trace id, span id) of each."""
 
 
-def _spans(request: Any) -> Iterator[_Record]:
+def _spans(request: Any) -> Iterator[Said]:
     index = -1
-    for scope in (scope for resource in request.resource_spans for scope in resource.scope_spans):
+    for scope in _scopes(request, "traces"):
         for span in scope.spans:
             index += 1
             events = [(n, event) for n, event in enumerate(span.events) if _is_ours(event.name, event.attributes)]
@@ -128,34 +143,42 @@ def _spans(request: Any) -> Iterator[_Record]:
             if scope.scope.name == OUR_SCOPE or not (ours or events):
                 continue
             place = f"span {_hex(span.span_id)[:32] or index}"
-            trace, own = _id(span.trace_id, 16, place), _id(span.span_id, 8, place)
-            near = frozenset(filter(None, (own, _id(span.parent_span_id, 8, place))))
-            links = tuple((_id(link.trace_id, 16, place), _id(link.span_id, 8, place)) for link in span.links)
+            try:
+                trace, own = _id(span.trace_id, 16), _id(span.span_id, 8)
+                near = frozenset(filter(None, (own, _id(span.parent_span_id, 8))))
+                links = tuple((_id(link.trace_id, 16), _id(link.span_id, 8)) for link in span.links)
+            except Invalid as error:
+                yield Said(index, place, {}, str(error))
+                continue
             said = _attributes(span.attributes)
             name = f"{trace}-{own}" if trace and own else None
             if ours:
                 at = _seconds(span.end_time_unix_nano) or _seconds(span.start_time_unix_nano)
-                yield _Record(index, place, said, name, at, trace, near, links)
+                yield _said(_Record(index, place, said, name, at, trace, near, links))
             inherited = {key: said[key] for key in _INHERITED if key in said}
             for n, event in events:
                 at, more = _seconds(event.time_unix_nano), inherited | _attributes(event.attributes)
-                yield _Record(index, place, more, name and f"{name}-{n}", at, trace, near, links)
+                yield _said(_Record(index, place, more, name and f"{name}-{n}", at, trace, near, links))
 
 
-def _log_records(request: Any) -> Iterator[_Record]:
+def _log_records(request: Any) -> Iterator[Said]:
     index = -1
-    for scope in (scope for resource in request.resource_logs for scope in resource.scope_logs):
+    for scope in _scopes(request, "logs"):
         for record in scope.log_records:
             index += 1
             if scope.scope.name == OUR_SCOPE or not _is_ours(record.event_name, record.attributes):
                 continue
             place = f"log record {index}"
-            trace, own = _id(record.trace_id, 16, place), _id(record.span_id, 8, place)
+            try:
+                trace, own = _id(record.trace_id, 16), _id(record.span_id, 8)
+            except Invalid as error:
+                yield Said(index, place, {}, str(error))
+                continue
             at = _seconds(record.time_unix_nano) or _seconds(record.observed_time_unix_nano)
             said = _attributes(record.attributes)
             known = repr((trace, own, at, sorted(said.items())))  # it has no id, and its span may emit several
             name = hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
-            yield _Record(index, place, said, name, at, trace, frozenset(filter(None, (own,))))
+            yield _said(_Record(index, place, said, name, at, trace, frozenset(filter(None, (own,)))))
 
 
 def _said(record: _Record) -> Said:
@@ -173,7 +196,7 @@ def _said(record: _Record) -> Said:
         about, spans = {"session_id": session}, frozenset()
     else:
         about, spans = {"trace_id": record.trace}, record.spans
-    return Said(record.index, record.place, fields | about, spans)
+    return Said(record.index, record.place, fields | about, spans=spans)
 
 
 def _named(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,13 +268,13 @@ def _hex(value: bytes | str) -> str:
     return value.hex() if isinstance(value, bytes) else value.lower()
 
 
-def _id(value: bytes | str, size: int, place: str) -> str | None:
+def _id(value: bytes | str, size: int) -> str | None:
     """An id of `size` bytes in hex; None for none (empty, or all zeros). Raises `Invalid`."""
     text = _hex(value)
     if text.strip("0") == "":
         return None
     if len(text) != 2 * size or not set(text) <= set("0123456789abcdef"):
-        raise Invalid(f"{place}: {text[:64]!r} is no id of {size} bytes (in JSON, ids are hex, not base64)", "id")
+        raise Invalid(f"{text[:64]!r} is no id of {size} bytes (in JSON, ids are hex, not base64)", "id")
     return text
 
 

@@ -181,6 +181,11 @@ class Captures:
     routes: Mapping[str, Level] = field(default_factory=dict)
     tenants: Mapping[str, Level] = field(default_factory=dict)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all text is kept, but where a user did not agree to it."""
+        return {self.default.text, *self.routes.values(), *self.tenants.values()} == {"full"}
+
     def of(self, route: str, tenant: str, consent: str | None) -> Capture:
         """What may be kept of an answer, and of what is said about it."""
         if consent not in CONSENTED:

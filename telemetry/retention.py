@@ -26,31 +26,29 @@ def expire(journal: Journal, before: float) -> int:
     the order of their times: one that is late by a day goes a day later.
     """
     done = int(journal.known(_MARK) or b"0")
-    old = []
-    for seq, fact in journal.read(done, BATCH):
-        if fact.at >= before:
-            break
-        old.append((seq, fact))
+    facts = journal.read(done, BATCH)
+    last = max((place for place, (_, fact) in enumerate(facts) if fact.at < before), default=-1)
+    old = [seq for seq, _ in facts[: last + 1]]  # what came before an old one is old, whatever its clock said
     if old:
-        bare = [(seq, stripped(fact)) for seq, fact in old]
-        journal.rewrite([(seq, new) for (seq, new), (_, fact) in zip(bare, old, strict=True) if new != fact])
-        journal.know(_MARK, str(old[-1][0]).encode())
+        journal.rewrite(old, stripped)
+        journal.know(_MARK, str(old[-1]).encode())
     return len(old)
 
 
 def keep_to(path: Path, retention: float, stopping: threading.Event) -> None:
     """Until `stopping`: take out of the journal at `path` the text that is older than `retention` seconds."""
-    journal, complained = Journal(path), ""
+    journal, complained, dirty = Journal(path), "", False
     while not stopping.is_set():
         went = 0
         try:
             went = expire(journal, time.time() - retention)
-            if 0 < went < BATCH:
-                journal.scrub()
+            dirty = dirty or went > 0
+            if dirty and went < BATCH:
+                dirty = not journal.scrub()
             complained = ""
         except StateError as error:
             if str(error) != complained:
                 log.warning("text older than %g days stays for now: %s", retention / 86400.0, error)
             complained = str(error)
-        stopping.wait(0.05 if went == BATCH else PAUSE)
+        stopping.wait(0.05 if went == BATCH else 1.0 if dirty else PAUSE)
     journal.close()

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from telemetry.events import Interaction, Signal
+from telemetry.events import Interaction, Signal, answer_name
 from telemetry.tone import tone
 from telemetry.wording import CAP, Turn, canonical, cut_from, grams, likeness, said_again, turns
 
@@ -238,6 +238,7 @@ def compared(comparison: Signal) -> list[Signal]:
     winner, loser, both = said.get("winner"), said.get("loser"), said.get("both_bad", ())
     verdicts = [(winner, loser, 1.0), (loser, winner, 0.0), *((one, None, 0.0) for one in both)]
     own = comparison.response_id
+    named = [(_answer(one), _answer(other), value) for one, other, value in verdicts]
     return [
         msgspec.structs.replace(
             comparison,
@@ -252,9 +253,13 @@ def compared(comparison: Signal) -> list[Signal]:
             detector=COMPARED,
             reason="it was compared with another answer",
         )
-        for name, other, value in verdicts
-        if isinstance(name, str) and (comparison.source != "token" or (own is not None and name.endswith(own)))
+        for name, other, value in named
+        if name is not None and (comparison.source != "token" or name == own)
     ]
+
+
+def _answer(name: object) -> str | None:
+    return answer_name(name) if isinstance(name, str) else None
 
 
 def after_silence(session: Sequence[Interaction], now: float, rules: Rules = RULES) -> list[Signal]:

@@ -23,7 +23,7 @@ from router.store import Store
 from telemetry.errors import StateLocked
 from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal
-from understudy.compose import build_controller, open_store
+from understudy.compose import build_controller, build_spans, open_store
 from understudy.serve import server
 from understudy.settings import load
 
@@ -93,7 +93,8 @@ class Gateway:
             raise self.controller_failed
 
     def _control(self) -> None:
-        controller = build_controller(self.settings, "test")
+        spans = build_spans(self.settings)
+        controller = build_controller(self.settings, "test", spans.heard if spans else None)
         self._controlled.set()
         try:
             while not self._stopping.is_set():
@@ -103,6 +104,9 @@ class Gateway:
                 self._stopping.wait(0.05)
         except BaseException as error:
             self.controller_failed = error
+        finally:
+            if spans:
+                spans.close()
 
     def client(self, key: str = "none", **headers: str) -> openai.OpenAI:
         """The real OpenAI client; it never retries by itself."""

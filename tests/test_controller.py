@@ -341,6 +341,52 @@ def test_a_comparison_rewards_one_session_and_the_other_one_not(house: House) ->
     assert house.sums() == {"a": (1.0, 0.0), "b": (1.0, 1.0)}
 
 
+def test_a_comparison_sent_again_the_other_way_round_counts_the_other_way_round(house: House) -> None:
+    house.journal.append([answered("1", "a"), answered("2", "b"), answered("3", "b")])
+    one, other = {"winner": "2", "loser": "1"}, {"winner": "1", "loser": "2"}
+    for n, (target, sums) in enumerate(
+        [
+            (one, {"a": (1.0, 0.0), "b": (1.0, 1.0)}),
+            (one, {"a": (1.0, 0.0), "b": (1.0, 1.0)}),
+            (other, {"a": (1.0, 1.0), "b": (1.0, 0.0)}),
+            ({"tie": ["1", "2"]}, {}),
+            ({"both_bad": ["1", "2"]}, {"a": (1.0, 0.0), "b": (1.0, 0.0)}),
+        ]
+    ):
+        house.journal.append([Signal("c", THEN + n, "comparison", "t", response_id="1", target=target)])
+        settle(house.controller())
+        assert house.sums() == sums, target
+
+
+def test_an_event_that_is_told_of_another_session_counts_there_only(house: House) -> None:
+    house.journal.append([answered("1", "a"), answered("2", "b")])
+    house.journal.append([Signal("e", THEN + 1, "thumb", "t", response_id="1", value=1.0)])
+    settle(house.controller())
+    assert house.sums() == {"a": (1.0, 1.0)}
+    house.journal.append([Signal("e", THEN + 2, "thumb", "t", response_id="2", value=1.0)])
+    settle(house.controller())
+    assert house.sums() == {"b": (1.0, 1.0)}
+    house.journal.append([Signal("e", THEN + 3, "thumb", "another tenant", response_id="1", value=1.0)])
+    settle(house.controller())
+    assert house.sums() == {"b": (1.0, 1.0)}
+
+
+def test_what_names_a_trace_that_two_sessions_share_is_about_one_answer_of_it(house: House) -> None:
+    one = answered("1", "a", at=THEN, trace_id="x" * 32)
+    two = answered("2", "b", at=THEN + 10, trace_id="x" * 32)
+    house.journal.append([one, two, Signal("e", THEN + 20, "thumb", "t", trace_id="x" * 32, value=1.0)])
+    settle(house.controller())
+    assert house.sums() == {"b": (1.0, 1.0)}, "the last one then"
+    house.journal.append([answered("3", "a", one.session, at=THEN + 30, trace_id="x" * 32)])
+    settle(house.controller())
+    assert house.sums() == {"b": (1.0, 1.0)}, "whatever comes later, and whichever session is looked at"
+    house.journal.append([Signal("f", THEN + 5, "thumb", "t", trace_id="x" * 32, value=0.0)])
+    settle(house.controller())
+    assert house.sums() == {"a": (1.0, 0.0), "b": (1.0, 1.0)}
+    plan = RoutePlan("r", ARMS, Thompson(), Reward())
+    assert all(row["same"] for row in rebuild.compare([plan], house.store, house.journal))
+
+
 names = st.sampled_from("12345")
 facts = st.one_of(
     st.builds(

@@ -6,7 +6,9 @@ import json
 import sqlite3
 import time
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from conftest import Gateway, MakeGateway, eventually
 from fake_vllm import FakeVllm
@@ -166,6 +168,34 @@ def test_retention_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert expire(journal, before=10 * BATCH) == BATCH
     assert expire(journal, before=10 * BATCH) == 0
     journal.close()
+
+
+def test_a_fact_from_a_clock_ahead_does_not_keep_what_comes_after_it(tmp_path: Path) -> None:
+    journal = aged(tmp_path / "j.db", 10)
+    ahead = Signal(event_id="ahead", at=1e12, kind="comment", tenant="t", text="from the future")
+    journal.append([ahead, msgspec.structs.replace(ahead, event_id="old", at=5.0, text="an old one")])
+    assert expire(journal, before=100.0) == 12
+    assert not any(fact.text for _, fact in journal.read(0, 100) if isinstance(fact, Signal))
+    journal.close()
+
+
+def test_a_user_is_forgotten_though_text_goes_at_the_same_time(
+    gateway: MakeGateway, fake: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gw = gateway(fake)
+    talk(gw, "ann", "pineapple")
+    ann = gw.interactions()[0].user
+    with gw.journal() as journal:
+        read = journal.read
+
+        def and_meanwhile(after: int = 0, limit: int = 1000) -> Any:
+            found = read(after, limit)
+            assert main(["forget", "--user", "ann", "--config", config_of(gw, tmp_path)]) == 0
+            return found
+
+        monkeypatch.setattr(journal, "read", and_meanwhile)
+        assert expire(journal, time.time() + 10) > 0
+    assert ann not in {i.user for i in gw.interactions()}
 
 
 def test_the_journal_can_be_written_while_text_goes(tmp_path: Path) -> None:

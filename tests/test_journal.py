@@ -116,8 +116,8 @@ def test_recent_facts_are_the_newest_oldest_first(journal: Journal) -> None:
 
 def test_a_detected_signal_is_known_by_its_event_id(journal: Journal) -> None:
     journal.append([msgspec.structs.replace(about(), event_id="regenerate/1:x"), interaction(event_id="y")])
-    assert journal.has_signal("regenerate/1:x")
-    assert not journal.has_signal("y")
+    assert journal.event("t", "regenerate/1:x")
+    assert not journal.event("t", "y")
 
 
 def test_what_the_machine_knew_is_kept_beside_the_facts(journal: Journal, path: Path) -> None:

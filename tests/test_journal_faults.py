@@ -251,9 +251,9 @@ def test_no_tenant_reads_what_is_anothers(journal: Journal) -> None:
 
 def test_a_signal_is_known_by_its_event_id_and_an_answer_is_none(journal: Journal) -> None:
     journal.append([vote("v"), answer("one")])
-    assert journal.has_signal("v")
-    assert not journal.has_signal("event-one")
-    assert not journal.has_signal("w")
+    assert journal.event("acme", "v")
+    assert not journal.event("acme", "event-one")
+    assert not journal.event("acme", "w")
 
 
 def test_recent_facts_are_the_newest_oldest_first(journal: Journal) -> None:
@@ -298,7 +298,7 @@ def test_a_journal_of_an_older_version_is_upgraded_and_loses_nothing(path: Path,
         with contextlib.closing(Journal(path)) as journal:
             assert names(journal.answers(vote("v", response_id="gen-1"))) == ["old"][:version]
             journal.append([vote(f"v{attempt}")])
-            assert journal.has_signal(f"v{attempt}")
+            assert journal.event("acme", f"v{attempt}")
             journal.know("name", b"value")
 
 
@@ -329,8 +329,8 @@ def test_what_is_put_durably_is_on_disk_before_it_returns(journal: Journal, writ
         for n in range(20):
             writer.put(answer(f"r{n}"))
             await writer.put_durably([vote(f"v{n}"), vote(f"w{n}")])
-            assert journal.has_signal(f"v{n}")
-            assert journal.has_signal(f"w{n}")
+            assert journal.event("acme", f"v{n}")
+            assert journal.event("acme", f"w{n}")
             assert names(journal.read(3 * n)) == [f"r{n}", f"v{n}", f"w{n}"], "what was put before is there, too"
 
     asyncio.run(put())

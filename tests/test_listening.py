@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from conftest import Gateway, MakeGateway, eventually
 from fake_vllm import FakeVllm
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from gateway.auth import TokenSigner, live_keys, new_key
 from gateway.limits import Allowance
 from gateway.openai import ApiError
+from telemetry.events import Signal
 
 TOKEN = "x-understudy-feedback-token"
 
@@ -307,3 +310,68 @@ def test_without_consent_nothing_is_kept(gateway: MakeGateway, fake: FakeVllm, c
     said = gw.chat("my secret", metadata={"consent": consent})
     gw.feedback({"response_id": said.json()["id"], "kind": "comment", "text": "another secret"})
     assert "secret" not in repr(gw.interaction())
+
+
+def test_a_comment_that_came_before_the_answer_that_may_not_be_kept_goes_with_it(
+    gateway: MakeGateway, fake: FakeVllm
+) -> None:
+    gw = gateway(fake)
+    said = gw.chat("hello", metadata={"consent": "none"})
+    fact = gw.interaction()
+    early = Signal(
+        event_id="e", at=time.time(), kind="comment", tenant=fact.tenant, response_id="f" * 32, text="a secret of mine"
+    )
+    with gw.journal() as journal:
+        journal.append([early])
+        gw.settled()
+        journal.append([msgspec.structs.replace(fact, event_id="late", request_id="f" * 32, response_id=None)])
+    eventually(lambda: gw.signals("comment")[0].text is None)
+    with gw.journal() as journal:
+        eventually(journal.scrub)
+    path = gw.settings.journal_path
+    assert b"a secret of mine" not in b"".join(file.read_bytes() for file in path.parent.glob(f"{path.name}*"))
+    assert said.status_code == 200
+
+
+def test_an_apps_own_event_id_is_a_hash_where_text_may_not_be_kept(gateway: MakeGateway, fake: FakeVllm) -> None:
+    gw = gateway(fake, capture={"text": "off"})
+    item = {"response_id": answered(gw)[0], "kind": "thumb", "value": True, "event_id": "ann@example.com-1"}
+    assert gw.feedback(item).json()["ids"] == gw.feedback(item).json()["ids"] == ["ann@example.com-1"]
+    one, two = gw.signals()
+    assert one.event_id == two.event_id
+    assert "ann@" not in repr(one)
+
+
+@pytest.mark.parametrize("prefix", ["chatcmpl-", "resp_", "cmpl-", ""])
+def test_an_answer_may_be_named_by_any_id_that_ends_with_its_requests(
+    gateway: MakeGateway, fake: FakeVllm, prefix: str
+) -> None:
+    gw = gateway(fake)
+    answered(gw)
+    name = f"{prefix}{gw.interaction().request_id}"
+    gw.feedback({"response_id": name, "kind": "thumb", "value": True})
+    assert gw.sums()["champion"].n == 1.0
+    assert summary(gw, name).json()["signals"][0]["count"] == 1
+
+
+@pytest.mark.parametrize(
+    "payload", [b"[" * 1500, b"[" * 3000, b'{"a":' * 1000, b"\xff" * 100, b"[1e999]"], ids=lambda p: str(p[:8])
+)
+def test_a_hostile_token_is_401_and_nothing_else(gateway: MakeGateway, fake: FakeVllm, payload: bytes) -> None:
+    gw = gateway(fake)
+    name, _ = answered(gw)
+    token = f"{base64.urlsafe_b64encode(payload).decode()}.AAAA"
+    item = {"response_id": name, "kind": "thumb", "value": True}
+    said = gw.feedback([item | {"token": token}, item])
+    assert (said.status_code, said.json()["accepted"]) == (202, 1), "the good item is kept"
+    assert said.json()["errors"][0]["status"] == 401
+    assert summary(gw, name, **{TOKEN: token[:8000]}).status_code == 401
+
+
+def test_behaviour_under_many_names_counts_once(gateway: MakeGateway, fake: FakeVllm) -> None:
+    gw = gateway(fake, reward={"window": "1s"})
+    name, token = answered(gw)
+    items = [{"response_id": name, "kind": "copy", "name": f"n{n}"} for n in range(10)]
+    gw.feedback(items, x_understudy_feedback_token=token)
+    found = eventually(lambda: r if (r := summary(gw, name).json()["reward"])["so_far"] else None)
+    assert found["moved_by"] == {"copy": 1}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from conftest import ROUTE, Gateway, MakeGateway, ask, eventually
 from fake_collector import Collector
@@ -39,7 +40,9 @@ from opentelemetry.sdk._logs.export import SimpleLogRecordProcessor
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
+from telemetry.events import Signal
 from telemetry.journal import JournalWriter
+from telemetry.otel import MOST_WAITING, Spans
 
 PROTOBUF = {"content-type": "application/x-protobuf"}
 JSON = {"content-type": "application/json"}
@@ -83,7 +86,8 @@ def test_a_span_of_an_instrumented_app_is_a_signal(
     with tracing(gw, compression).start_as_current_span("liked it", attributes=attributes | {"user.id": "ann"}):
         pass
     (signal,) = gw.signals()
-    assert (signal.kind, signal.value, signal.source, signal.response_id) == ("thumb", 1.0, "otlp", name)
+    assert (signal.kind, signal.value, signal.source) == ("thumb", 1.0, "otlp")
+    assert signal.response_id == gw.interaction().request_id
     assert signal.subject not in (None, "ann"), "a user is a pseudonym here too"
     assert gw.sums()["champion"].n == 1.0
 
@@ -153,7 +157,7 @@ def test_evaluations_by_the_conventions_are_outcomes_or_surveys(
         ("outcome", "relevance", 0.75, None),
         ("survey", "tone", None, "kind"),
     ]
-    assert {s.response_id for s in signals} == {name}
+    assert {s.response_id for s in signals} == {gw.interaction().request_id}
 
 
 def test_a_log_record_is_a_signal_too(gateway: MakeGateway, fake: FakeVllm) -> None:
@@ -172,7 +176,7 @@ def test_a_log_record_is_a_signal_too(gateway: MakeGateway, fake: FakeVllm) -> N
     provider.get_logger("an app").emit(record)
     provider.shutdown()
     (signal,) = gw.signals()
-    assert (signal.kind, signal.text, signal.response_id) == ("correction", "42", name)
+    assert (signal.kind, signal.text, signal.response_id) == ("correction", "42", gw.interaction().request_id)
 
 
 def test_a_span_that_is_sent_again_counts_once(gateway: MakeGateway, fake: FakeVllm) -> None:
@@ -348,6 +352,45 @@ def test_thousands_of_spans_that_are_not_for_us_pass_by(gateway: MakeGateway, fa
     assert gw.signals() == []
 
 
+def test_a_record_with_a_bad_id_is_refused_alone(gateway: MakeGateway, fake: FakeVllm) -> None:
+    gw = gateway(fake)
+    good, bad = span(answered(gw), kind="copy"), span(kind="copy")
+    bad.span_id = b"short"
+    said = gw.http.post("/v1/traces", content=exported([bad, good]), headers=PROTOBUF)
+    partial = ExportTraceServiceResponse.FromString(said.content).partial_success
+    assert (said.status_code, partial.rejected_spans) == (200, 1)
+    assert "no id of 8 bytes" in partial.error_message
+    assert [s.kind for s in gw.signals()] == ["copy"]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b'{"resourceSpans":[{"scopeSpans":[{"spans":[' + b"{}," * 1_300_000 + b"{}]}]}]}", "json"),
+        (exported([Span()] * 20_000), "x-protobuf"),
+    ],
+    ids=["json", "protobuf"],
+)
+def test_a_small_packed_body_of_very_many_records_is_refused_at_once(
+    gateway: MakeGateway, fake: FakeVllm, body: bytes, kind: str
+) -> None:
+    gw = gateway(fake)
+    packed = gzip.compress(body)
+    assert len(packed) < 50_000
+    headers = {"content-type": f"application/{kind}", "content-encoding": "gzip"}
+    said = gw.http.post("/v1/traces", content=packed, headers=headers)
+    assert said.status_code == 400
+    assert b"at most" in said.content or b"smaller batches" in said.content
+
+
+def test_a_file_of_very_many_members_is_refused(gateway: MakeGateway, fake: FakeVllm) -> None:
+    gw = gateway(fake)
+    for members, status in ((64, 200), (65, 400), (50_000, 400)):
+        body = gzip.compress(b"{}") + gzip.compress(b" ") * (members - 1)
+        said = gw.http.post("/v1/traces", content=body, headers=JSON | {"content-encoding": "gzip"})
+        assert said.status_code == status
+
+
 def test_logs_answer_in_their_own_words(gateway: MakeGateway, fake: FakeVllm) -> None:
     said = gateway(fake).http.post("/v1/logs", content=b"", headers=PROTOBUF)
     assert said.status_code == 200
@@ -372,6 +415,7 @@ def test_every_request_has_a_span_and_every_signal_a_link_to_it(
     gw.feedback({"response_id": names[0], "kind": "thumb", "value": True, "user": "ann"})
     gw.feedback([{"response_id": names[1], "kind": kind} for kind in ("copy", "flag")])
     gw.wait_interactions(3)
+    gw.settled()
     gw.stop()
     spans = collector.spans()
     answers = {s.span_id: s for s in spans if s.name == f"chat {ROUTE}"}
@@ -394,6 +438,7 @@ def test_our_own_spans_that_come_back_are_not_heard_again(
 ) -> None:
     gw = gateway(fake, otel={"endpoint": collector.url})
     gw.feedback({"response_id": answered(gw), "kind": "thumb", "value": True})
+    gw.settled()
     gw.stop()
     assert any(s.name == "signal thumb" for s in collector.spans())
     again = gateway(fake)
@@ -415,14 +460,44 @@ def test_a_stream_that_is_cut_has_its_span(gateway: MakeGateway, fake: FakeVllm,
     assert collector.attributes(one)["error.type"] == fact.error == "upstream_cut"
 
 
-def test_a_signal_whose_answer_is_not_known_has_no_span_and_is_counted(
+def test_every_signal_has_its_span_whoever_heard_it_and_whenever_its_answer_comes(
     gateway: MakeGateway, fake: FakeVllm, collector: Collector
 ) -> None:
-    gw = gateway(fake, otel={"endpoint": collector.url})
-    gw.feedback({"response_id": "chatcmpl-nobody", "kind": "copy"})
-    eventually(lambda: "understudy_spans_dropped_total 1.0" in gw.http.get("/metrics").text)
+    gw = gateway(fake, otel={"endpoint": collector.url}, reward={"window": "1s"})
+    with gw.journal() as journal:
+        early = Signal(event_id="e", at=time.time(), kind="copy", tenant="default", response_id="r" * 8)
+        journal.append([early])
+    gw.settled()
+    answered(gw)
+    answered(gw)  # the same again: a regeneration, which the controller hears
+    late = msgspec.structs.replace(gw.interaction(), event_id="i", request_id="r" * 8, response_id=None, session="s9")
+    with gw.journal() as journal:
+        journal.append([late])
+    eventually(lambda: gw.signals("regenerate"))
+    gw.settled()
     gw.stop()
-    assert collector.spans() == []
+    spans = [s for s in collector.spans() if s.name.startswith("signal ")]
+    assert sorted(s.name for s in spans) == ["signal copy", "signal regenerate"]
+    assert {s.name: s.links[0].span_id.hex() for s in spans} == {
+        "signal copy": late.span_id,
+        "signal regenerate": gw.interaction().span_id,
+    }
+
+
+def test_spans_that_find_no_room_are_counted(gateway: MakeGateway, fake: FakeVllm) -> None:
+    dropped: list[int] = []
+    with Collector(hang=True) as collector:
+        spans = Spans(collector.url, dropped.append)
+        gw = gateway(fake)
+        gw.chat()
+        fact = gw.interaction()
+        for _ in range(10_000):
+            spans.answered(fact)
+        assert sum(dropped) == 10_000 - MOST_WAITING
+        collector.let_go()
+        spans.close()
+        assert len(collector.spans()) == MOST_WAITING
+    assert sum(dropped) == 10_000 - MOST_WAITING
 
 
 def test_a_collector_that_hangs_holds_up_nobody(gateway: MakeGateway, fake: FakeVllm) -> None:
@@ -455,7 +530,7 @@ def test_while_nothing_can_be_kept_senders_are_told_to_come_again(
 def test_reading_is_off_the_loop(gateway: MakeGateway, fake: FakeVllm) -> None:
     """A body that takes long to read holds up nobody else: both are answered, the small one is not after the large."""
     gw = gateway(fake)
-    body = gzip.compress(exported([span() for _ in range(20_000)]))
+    body = gzip.compress(exported([span() for _ in range(9_000)]))
     with httpx.Client(base_url=gw.url) as other:
         other.get("/healthz")
         assert gw.http.post("/v1/traces", content=body, headers=PROTOBUF | {"content-encoding": "gzip"}).is_success

@@ -426,8 +426,9 @@ def test_a_comparison_speaks_of_both_answers(target: Any, said: dict[str, float]
 
 
 def test_a_token_speaks_for_its_own_answer_only() -> None:
-    (heard,) = compared(verdict({"winner": "chatcmpl-1", "loser": "chatcmpl-2"}, source="token", response_id="2"))
-    assert (heard.response_id, heard.value) == ("chatcmpl-2", 0.0)
+    target = {"winner": "chatcmpl-0190aa01", "loser": "chatcmpl-0190aa02"}
+    (heard,) = compared(verdict(target, source="token", response_id="0190aa02"))
+    assert (heard.response_id, heard.value) == ("0190aa02", 0.0)
 
 
 def test_likeness_of_an_answer_and_what_came_back() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 
@@ -14,9 +16,13 @@ from router.policy import Learned, Linear
 from router.store import Store
 from router.store_redis import RedisStore
 from router.store_sqlite import SqliteStore
+from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal
 from telemetry.privacy import Capture, Captures
 from understudy.settings import Settings
+
+if TYPE_CHECKING:
+    from telemetry.otel import Spans
 
 
 def open_store(settings: Settings) -> Store:
@@ -29,8 +35,19 @@ def route_plans(settings: Settings) -> list[RoutePlan]:
     return [RoutePlan(name, route.arms, route.policy, route.reward) for name, route in settings.routes.items()]
 
 
-def build_controller(settings: Settings, owner: str) -> Controller:
-    return Controller(route_plans(settings), Journal(settings.journal_path), open_store(settings), owner)
+def build_controller(
+    settings: Settings, owner: str, told: Callable[[Signal, Interaction], None] | None = None
+) -> Controller:
+    return Controller(route_plans(settings), Journal(settings.journal_path), open_store(settings), owner, told)
+
+
+def build_spans(settings: Settings, dropped: Callable[[int], None] = lambda _: None) -> Spans | None:
+    """What sends spans, where there is a collector to send them to."""
+    if settings.otel.endpoint is None:
+        return None
+    from telemetry.otel import Spans  # costs 0.3 s and 20 MB, and not everyone wants it
+
+    return Spans(settings.otel.endpoint, dropped)
 
 
 def build_gateway(settings: Settings) -> Starlette:

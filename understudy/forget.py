@@ -45,11 +45,9 @@ def forget(journal: Journal, store: Store, tenant: str, user: str) -> Forgotten:
         after = facts[-1][0]
         own = [(seq, fact) for seq, fact in facts if fact.tenant == tenant and _is_of(fact, name)]
         answers = [fact for _, fact in own if isinstance(fact, Interaction)]
-        about = dict(journal.signals_about(answers)) | {seq: s for seq, s in own if isinstance(s, Signal)}
-        journal.rewrite(
-            [(seq, _bare(signal, name, nobody)) for seq, signal in about.items()]
-            + [(seq, forgotten(fact, nobody)) for seq, fact in own if isinstance(fact, Interaction)]
-        )
+        about = {seq for seq, _ in journal.signals_about(answers)}
+        about |= {seq for seq, fact in own if isinstance(fact, Signal)}
+        journal.rewrite([*about, *(seq for seq, _ in own)], lambda fact: _bare(fact, name, nobody))
         found.interactions += len(answers)
         found.signals += len(about)
     found.scrubbed = journal.scrub()
@@ -60,6 +58,6 @@ def _is_of(fact: Fact, name: str) -> bool:
     return name == (fact.user if isinstance(fact, Interaction) else fact.subject)
 
 
-def _bare(signal: Signal, name: str, nobody: str) -> Fact:
-    """A signal of the user; or of somebody else about an answer to the user, which loses its text only."""
-    return forgotten(signal, nobody) if signal.subject == name else stripped(signal)
+def _bare(fact: Fact, name: str, nobody: str) -> Fact:
+    """A fact of the user without them; what somebody else said of an answer to the user loses its text only."""
+    return forgotten(fact, nobody) if _is_of(fact, name) else stripped(fact)

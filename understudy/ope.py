@@ -143,7 +143,7 @@ def judged(journal: Journal, plan: RoutePlan, since: float, now: float) -> Itera
         names = {(i.tenant, i.session): session_key(i.tenant, i.session) for i in requests}
         sessions = journal.sessions([key for key, name in names.items() if name not in seen], page)
         seen.update(names.values())
-        signals = journal.signals_about(i for rows in sessions.values() for _, i in rows)
+        signals = journal.heard_about(i for rows in sessions.values() for _, i in rows)
         for key, about in by_session(sessions, signals).items():
             here = [i for _, i in sessions[key] if i.route == plan.name]
             reward = session_reward(here, about, plan.reward, _ripe(about, now - plan.reward.window))

@@ -35,10 +35,10 @@ def recount(plan: RoutePlan, store: Store, journal: Journal) -> Iterator[list[Ch
         found = journal.sessions([key for key in keys if key not in seen], dict(facts))
         seen |= keys.keys()
         sessions = {key: [(seq, i) for seq, i in rows if seq <= end] for key, rows in found.items()}
-        signals = journal.signals_about(i for rows in sessions.values() for _, i in rows)
+        signals = journal.heard_about((i for rows in sessions.values() for _, i in rows), end)
         yield [
             Change(session_key(*key), *contribution(plan, sessions[key], heard, mark))
-            for key, heard in by_session(sessions, [(seq, s) for seq, s in signals if seq <= end]).items()
+            for key, heard in by_session(sessions, signals).items()
         ]
 
 

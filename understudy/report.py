@@ -15,7 +15,7 @@ from router.price import priced
 from router.refit import segmenter_of
 from router.store import Store
 from router.weights import beliefs
-from telemetry.events import Interaction, Signal
+from telemetry.events import Interaction, Signal, names_of
 from telemetry.journal import Journal
 
 HOUR = 3600.0
@@ -167,7 +167,7 @@ def _last_hour(journal: Journal, now: float) -> dict[tuple[str, str, str], Heard
             session = (fact.tenant, fact.session)
             place.requests += 1
             place.sessions.add(session)
-            answer |= {n: (place, session) for n in (fact.request_id, fact.response_id, fact.trace_id) if n}
+            answer |= {n: (place, session) for n in (*names_of(fact), fact.trace_id) if n}
     for fact in facts:
         if isinstance(fact, Signal):
             found = answer.get(fact.response_id or fact.trace_id or "")

@@ -22,9 +22,10 @@ from pathlib import Path
 import uvicorn
 
 from gateway.http import protocol
+from gateway.metrics import Metrics
 from telemetry.errors import StateError, StateUnavailable
 from telemetry.retention import keep_to
-from understudy.compose import build_controller, build_gateway, open_store
+from understudy.compose import build_controller, build_gateway, build_spans, open_store
 from understudy.settings import Settings, load
 
 log = logging.getLogger("understudy")
@@ -147,7 +148,11 @@ def _controller(parent: int, config: str) -> None:
     owner = f"{socket.gethostname()}:{os.getpid()}"
     aging = (settings.journal_path, settings.capture.retention, stopping)
     threading.Thread(target=keep_to, args=aging, name="retention", daemon=True).start()
-    build_controller(settings, owner).run(stopping)
+    metrics = Metrics()
+    spans = build_spans(settings, metrics.spans_dropped.inc)
+    build_controller(settings, owner, spans.heard if spans else None).run(stopping)
+    if spans:
+        spans.close()
 
 
 def _leave_with(parent: int) -> None:

@@ -69,6 +69,9 @@ export function connect({ url = "/v1", user, key } = {}) {
     if (key) headers.authorization = `Bearer ${key}`;
     try {
       const said = await fetch(to, { method: "POST", keepalive: true, headers, body });
+      if (said.status === 202 && said.headers.get("retry-after")) {
+        return (await said.json()).errors.filter((e) => e.status === 429).map((e) => batch[e.index]);
+      }
       return said.status === 429 || said.status >= 500 ? batch : [];
     } catch {
       return !key && hidden() && navigator.sendBeacon?.(to, body) ? [] : batch; // no `keepalive` while a page goes away
