@@ -197,7 +197,7 @@ def test_recorded_conversations_go_through_without_a_failure(house: House) -> No
     if not RECORDING.exists():
         pytest.skip("the recorded conversations are not beside the project")
     rows = replay.read(RECORDING)
-    tally = replay.play(rows, house.url, "assistant", as_fast=True, max_tokens=16)
+    tally = replay.play(rows, house.url, "assistant", as_fast=True, max_tokens=4)
     assert tally.failures == []
     assert tally.requests == len(rows)
     assert tally.unanswerable == sum(not row.messages for row in rows)  # a real vLLM refuses an empty conversation

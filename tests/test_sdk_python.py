@@ -26,7 +26,7 @@ import pytest
 from conftest import ROUTE, Gateway, MakeGateway, ask, eventually
 from fake_vllm import Behaviour, FakeVllm
 
-from telemetry.events import Signal
+from telemetry.events import Signal, answer_name
 
 SDK = Path(__file__).resolve().parent.parent / "sdk" / "python"
 sys.path.insert(0, str(SDK / "src"))
@@ -158,7 +158,7 @@ def test_each_kind_arrives_as_it_was_said_and_is_about_its_answer(
     names = {"a": a, "b": b}
     for event_id, (_, kind, value, target) in zip(ids, SAID, strict=True):
         said = found[event_id]
-        assert (said.kind, said.value, said.response_id, said.tenant) == (kind, value, a, "acme")
+        assert (said.kind, said.value, said.response_id, said.tenant) == (kind, value, answer_name(a), "acme")
         if target:
             said_of = {k: [names[x] for x in v] if isinstance(v, list) else names[v] for k, v in target.items()}
             assert said.target == said_of
@@ -250,7 +250,7 @@ def test_an_outcome_goes_without_token_as_no_token_may_say_it(
     ids = [client.understudy.outcome("resolved", 1, response_id=answer), client.understudy.outcome("revenue", 3)]
     flushed(client.understudy)
     first, second = (signal(gw, i) for i in ids)
-    assert (first.source, first.response_id) == ("callback", answer.id)
+    assert (first.source, first.response_id) == ("callback", answer_name(answer.id))
     assert second.session == gw.interaction().session
 
 
@@ -648,7 +648,7 @@ def test_an_apps_log_handler_that_fails_stops_nothing(quick: Callable[..., Feedb
 @pytest.mark.parametrize(
     "options",
     [
-        {"base_url": "127.0.0.1:8080/v1"},
+        {"base_url": "127.0.0.1:4000/v1"},
         {"base_url": "file:///etc/passwd"},
         {"base_url": "http:///v1"},
         {"api_key": "a\r\nb"},
@@ -875,7 +875,7 @@ def test_what_a_status_means_for_a_batch() -> None:
 def test_the_readmes_blocks_run(gateway: MakeGateway, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     gw = gateway(fake)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    text = (SDK / "README.md").read_text(encoding="utf-8").replace("http://127.0.0.1:8080", gw.url)
+    text = (SDK / "README.md").read_text(encoding="utf-8").replace("http://127.0.0.1:4000", gw.url)
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     assert len(blocks) == 2
     first: dict[str, Any] = {}

@@ -395,7 +395,7 @@ def test_two_arms_of_one_name(problems: Any) -> None:
         (
             "listen: {zzz: 1}\n",
             "listen.zzz",
-            "the keys here are host, port, workers, max_body, max_header_bytes",
+            "the keys here are host, port, workers, max_body, max_header_bytes, try_page",
         ),
         (
             "    rollout: {stages: [{share: 1, min_tim: 1h}]}\n",
