@@ -1,8 +1,8 @@
 """How much of a prompt and an answer is kept: all of it, redacted, or nothing.
 
 The recognisers know shapes, and checksums where a shape has one (card numbers: Luhn, ISO/IEC 7812-1). They err
-towards removing: a number that passes as a card number goes. Other recognisers (Presidio's, say) can run over what is
-kept, before it is trained on: `redact` is all that they need to be called like.
+towards removing: a number that passes as a card number goes. Other recognisers (Presidio's, say) can go over what is
+kept, before it is trained on (`masked`, `understudy mask`).
 
 Which policy holds for an answer is decided by its route, its tenant and what its user agreed to (`Captures`). What was
 kept goes when it is too old (`stripped`) or its user asks for it (`forgotten`); the numbers that came of it stay.
@@ -11,7 +11,7 @@ kept goes when it is too old (`stripped`) or its user asks for it (`forgotten`);
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -138,9 +138,15 @@ class Capture:
         if self.text == "full":
             return Kept(messages, answer or None, calls), ()
         found: set[str] = set()
-        asked = self._walk(msgspec.json.decode(messages), found) if messages else None
-        said = self._walk(answer, found) if answer else None
-        called = self._walk(tool_calls, found) if tool_calls else None
+
+        def mask(text: str) -> str:
+            clean, names = redact(text, self.redact)
+            found.update(names)
+            return clean
+
+        asked = _each_text(msgspec.json.decode(messages), mask) if messages else None
+        said = mask(answer) if answer else None
+        called = _each_text(tool_calls, mask) if tool_calls else None
         kept = Kept(
             msgspec.Raw(msgspec.json.encode(asked)) if asked is not None else None,
             said,
@@ -157,17 +163,6 @@ class Capture:
     def label(self, name: str | None) -> str | None:
         """What to keep of a name that an app gave, of an outcome say: it is no text, but may hold what is masked."""
         return name if name is None or self.text == "full" else redact(name, self.redact)[0]
-
-    def _walk(self, value: Any, found: set[str]) -> Any:
-        if isinstance(value, str):
-            clean, names = redact(value, self.redact)
-            found |= names
-            return clean
-        if isinstance(value, list):
-            return [self._walk(item, found) for item in value]
-        if isinstance(value, dict):
-            return {key: self._walk(item, found) for key, item in value.items()}
-        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +208,29 @@ def stripped(fact: Fact) -> Fact:
             return fact
         return msgspec.structs.replace(fact, messages=None, answer=None, tool_calls=None, redacted=("gone",))
     return msgspec.structs.replace(fact, text=None, target=fact.target if fact.kind == "comparison" else None)
+
+
+def masked(fact: Fact, mask: Callable[[str], str]) -> Fact:
+    """`fact` with each of its texts as `mask` returns it."""
+    if isinstance(fact, Interaction):
+        return msgspec.structs.replace(
+            fact,
+            messages=_each_text(fact.messages, mask),
+            answer=_each_text(fact.answer, mask),
+            tool_calls=_each_text(fact.tool_calls, mask),
+        )
+    target = fact.target if fact.kind == "comparison" else _each_text(fact.target, mask)
+    return msgspec.structs.replace(fact, text=_each_text(fact.text, mask), target=target)
+
+
+def _each_text(value: Any, mask: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, list):
+        return [_each_text(item, mask) for item in value]
+    if isinstance(value, dict):
+        return {key: _each_text(item, mask) for key, item in value.items()}
+    return value
 
 
 def forgotten(fact: Fact, nobody: str) -> Fact:

@@ -258,3 +258,35 @@ def test_keys_rotate_keeps_the_last_two(
     with gw.store() as store:
         names = {name for name in store.secrets() if name.startswith("tokens:")}
     assert names == {"tokens:0", f"tokens:{found['signs_next']}"}
+
+
+# Other recognisers
+
+
+def shout(text: str) -> str:
+    """What `understudy mask --using test_forget:shout` calls."""
+    return text.replace("pineapple", "[FRUIT]")
+
+
+def test_another_recogniser_goes_over_what_is_kept(
+    gateway: MakeGateway, fake: FakeVllm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gw = gateway(fake)
+    talk(gw, "ann", "pineapple")
+    gw.settled()
+    config = config_of(gw, tmp_path)
+    assert main(["mask", "--using", "test_forget:shout", "--config", config, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["facts"] == 3
+    with gw.journal() as journal:
+        eventually(journal.scrub)
+    disk = on_disk(gw)
+    assert b"pineapple" not in disk
+    assert disk.count(b"[FRUIT]") >= 3, "the question, its answer, the comment"
+    for wrong, why in (
+        ("nothing", "names no function"),
+        ("no.such:f", "cannot be imported"),
+        ("json:loads", "fails"),
+        ("builtins:len", "is no"),
+    ):
+        assert main(["mask", "--using", wrong, "--config", config]) == 1
+        assert why in capsys.readouterr().err

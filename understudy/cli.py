@@ -91,6 +91,10 @@ def _add_signals(command: Callable[..., argparse.ArgumentParser]) -> None:
     forget.add_argument("--user", required=True, help="by the name that the app gives them")
     forget.add_argument("--tenant", default="default", help="whose user it is (default: default)")
 
+    mask = command("mask", _mask, "Let another recogniser (Presidio's, say) go over the texts that are kept.")
+    mask.add_argument("--using", required=True, metavar="MODULE:FUNCTION", help="a function from text to masked text")
+    mask.add_argument("--since", type=_span, default="30d", metavar="SPAN", help="facts not older than this (30d)")
+
 
 def _add_feedback(commands: Any) -> None:
     about = commands.add_parser("feedback", help="Send feedback to a running gateway.")
@@ -422,6 +426,22 @@ def _forget(arguments: Arguments) -> int:
 
     _, store, journal = _opened(arguments)
     found = forget(journal, store, arguments.tenant, arguments.user).shown()
+    _print(arguments, found, lambda: show.summary(found))
+    return 0
+
+
+def _mask(arguments: Arguments) -> int:
+    from telemetry.journal import Journal
+    from understudy import mask, show
+
+    try:
+        function = mask.load(arguments.using)
+    except ValueError as error:
+        print(f"understudy: {error}", file=sys.stderr)
+        return 1
+    journal = Journal(config.load(arguments.config).journal_path)
+    looked, scrubbed = mask.mask_all(journal, function, time.time() - arguments.since)
+    found = {"facts": looked, "scrubbed": scrubbed}
     _print(arguments, found, lambda: show.summary(found))
     return 0
 

@@ -135,6 +135,10 @@ function observe(element, about, votes, send) {
     acted = true;
   };
   on(element, ["pointerdown", "keydown"], act);
+  on(document, ["selectionchange"], () => {
+    const chosen = getSelection();
+    if (!chosen.isCollapsed && chosen.containsNode(element, true)) act();
+  });
 
   // How much of it is copied, and whether that is code.
   const copied = (share = 1, part) => {
