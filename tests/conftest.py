@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import os
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ import openai
 import pytest
 import yaml
 from fake_vllm import FakeVllm
+from real_vllm import RealVllm
 
 from gateway.auth import new_key
 from router.arms import Sums
@@ -26,11 +28,40 @@ from telemetry.errors import StateLocked
 from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal
 from understudy.compose import build_controller, build_spans, open_store
+from understudy.demo.vllm_server import VllmServer
 from understudy.serve import server
 from understudy.settings import load
 
+BOOT = pytest.StashKey[RealVllm]()
 Found = TypeVar("Found")
 ROUTE = "assistant"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs vLLM comes last."""
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    needed = any(item.get_closest_marker("vllm") for item in session.items)
+    if needed and RealVllm.installed() and not session.config.option.collectonly:
+        session.config.stash[BOOT] = RealVllm()
+        session.config.stash[BOOT].start()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if BOOT in session.config.stash:
+        session.config.stash[BOOT].stop()
+
+
+@pytest.fixture(scope="session")
+def vllm(request: pytest.FixtureRequest) -> VllmServer:
+    """The real vLLM, which serves `base`, `careful` and `hasty`."""
+    if BOOT in request.config.stash:
+        return request.config.stash[BOOT].ready()
+    if os.environ.get("CI") == "true":
+        pytest.fail("vLLM is not installed: scripts/setup demo")
+    pytest.skip("vLLM is not installed: scripts/setup demo")
 
 
 def eventually(predicate: Callable[[], Found], timeout: float = 5.0, every: float = 0.01) -> Found:

@@ -34,19 +34,6 @@ RECORDING = Path(__file__).parents[2] / "shared/data/conversations/realhumaneval
 
 
 @pytest.fixture(scope="module")
-def vllm() -> Iterator[VllmServer]:
-    try:
-        import vllm  # noqa: F401
-    except ImportError:
-        if os.environ.get("CI") == "true":
-            pytest.fail("vLLM is not installed: scripts/setup demo")
-        pytest.skip("vLLM is not installed: scripts/setup demo")
-    models = tiny_model.build(Path(".cache/demo"), print)
-    with VllmServer(models) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def redis() -> Iterator[RedisServer]:
     with RedisServer() as server:
         yield server
