@@ -23,7 +23,7 @@ from typing import Any
 import openai
 from rich.live import Live
 
-from router.controller import RoutePlan
+from router.controller import RoutePlan, matured
 from telemetry.journal import Journal
 from understudy import report, show
 from understudy.compose import open_store, route_plans
@@ -167,10 +167,11 @@ def _opened(config: Path) -> tuple[list[RoutePlan], Any, Journal]:
 
 
 def _settled(config: Path, progress: Progress) -> list[dict[str, Any]]:
-    """The arms once the controller has counted all that happened."""
+    """The arms once the controller has counted all that happened, the last behaviour too, whose window must end."""
     plans, store, journal = _opened(config)
+    marks = ["journal", *(matured(plan.reward.window) for plan in plans)]
     deadline = time.monotonic() + 20
-    while store.marked("journal") < journal.last() and time.monotonic() < deadline:
+    while min(map(store.marked, marks)) < journal.last() and time.monotonic() < deadline:
         time.sleep(0.1)
     rows = report.arms(plans, store, journal, time.time())
     for row in rows:
