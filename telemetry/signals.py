@@ -94,7 +94,7 @@ def heard_from(
     same = [i for i in before if new.input_hash is not None and i.input_hash == new.input_hash]
     earlier = same[-1] if same else before[-1] if before else None
     found = detect(earlier, new, before, rules)
-    if continued is not None and continued is not earlier:
+    if continued is not None and (earlier is None or continued.event_id != earlier.event_id):
         named = {signal.event_id for signal in found}
         found += [signal for signal in detect(continued, new, before, rules) if signal.event_id not in named]
     return found

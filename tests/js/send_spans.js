@@ -17,7 +17,7 @@ const said = await fetch(`${gateway}/v1/chat/completions`, {
   body: JSON.stringify({ model: "assistant", messages: [{ role: "user", content: "from node" }] }),
 });
 const { id } = await said.json();
-await new Promise((resolve) => setTimeout(resolve, 200)); // until it is journaled
+while (!(await fetch(`${gateway}/v1/feedback/${id}`)).ok); // until it is journaled
 
 const inside = trace.setSpan(ROOT_CONTEXT, span);
 tracer.startSpan("copied", { attributes: { "understudy.signal.kind": "copy" } }, inside).end();
