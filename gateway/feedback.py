@@ -25,6 +25,7 @@ KINDS = SIGNAL_KINDS - DETECTED_ONLY
 ITEM_LIMIT = 1000
 TEXT_LIMIT = 32_768
 NAME_LIMIT = 500
+DEPTH_LIMIT = 32
 _UP: dict[object, float] = {True: 1.0, False: 0.0, "up": 1.0, "down": 0.0}  # 1 and 0 are equal to True and False
 
 
@@ -125,6 +126,8 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
     for field in ("response_id", "trace_id", "session_id", "event_id", "name", "user"):
         if len(getattr(item, field) or "") > NAME_LIMIT:
             raise ApiError(400, f"{field} is longer than {NAME_LIMIT} characters", param=field)
+    if not _shallow(item.target):
+        raise ApiError(400, f"target is nested more than {DEPTH_LIMIT} deep", param="target")
     if len(_text(item) or "") > TEXT_LIMIT:
         raise ApiError(400, f"text is longer than {TEXT_LIMIT} characters", param="text")
     claims = _claims(item, token, desk, now) if token else None
@@ -148,7 +151,9 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
         tenant=tenant,
         response_id=claims.request_id if claims else item.response_id and answer_name(item.response_id),
         trace_id=None if claims else item.trace_id,
-        session=desk.pseudonyms.session(tenant, item.session_id) if item.session_id and not claims else None,
+        session=desk.pseudonyms.session(tenant, item.session_id)
+        if item.session_id and not (claims or item.response_id or item.trace_id)
+        else None,
         subject=subject,
         value=value,
         name=name,
@@ -234,6 +239,11 @@ def _value(item: Item) -> tuple[str | None, float | None]:
             if value is not None and number is None and item.kind not in ("survey", "flag", "escalation", "comment"):
                 raise _wrong(f"the value of {item.kind} is a number, or left out")
             return item.name, number
+
+
+def _shallow(value: object, depth: int = DEPTH_LIMIT) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_shallow(one, depth - 1) for one in inner)
 
 
 def _text(item: Item) -> str | None:

@@ -16,7 +16,7 @@ import msgspec
 
 from gateway.asgi import ClientLeft, Receive, Scope, Send, read_body
 from gateway.auth import Caller
-from gateway.feedback import Item, Problem, to_signal
+from gateway.feedback import ITEM_LIMIT, Item, Problem, to_signal
 from gateway.listening import Ears
 from gateway.openai import ApiError
 from telemetry.errors import Invalid, UnderstudyError
@@ -88,7 +88,7 @@ class Receiver:
         signals: list[Signal] = []
         problems: list[tuple[Said, Problem]] = []
         for said in records:
-            judged = self._judge(said, caller, now)
+            judged = self._judge(said, caller, now) if len(signals) < ITEM_LIMIT else _too_many(said)
             if isinstance(judged, Signal):
                 signals.append(judged)
             else:
@@ -121,6 +121,10 @@ class Receiver:
         if len(named) != 1:
             return signal
         return msgspec.structs.replace(signal, response_id=named[0].request_id)
+
+
+def _too_many(said: Said) -> Problem:
+    return Problem(said.index, f"more than {ITEM_LIMIT:,} signals in one request")
 
 
 def unpacked(body: bytes, window: int, limit: int) -> bytes:

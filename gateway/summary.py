@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from router.policy import Reward
-from router.reward import TWO_SIDED, Heard, counted, score, session_reward
-from telemetry.events import REPLACED, Interaction, Signal, answer_name, names_of
+from router.reward import GONE, TWO_SIDED, Heard, counted, score, session_reward
+from telemetry.events import ELSEWHERE, REPLACED, Interaction, Signal, answer_name, names_of
 
 
 def summary(
@@ -29,10 +29,12 @@ def summary(
     heard = [
         (seq, s)
         for seq, s in signals
-        if s.response_id and (s.response_id in names or answer_name(s.response_id) in names)
+        if s.kind != ELSEWHERE and s.response_id and (s.response_id in names or answer_name(s.response_id) in names)
     ]
     standing = [signal for _, _, signal in counted(heard, names) if signal.kind != REPLACED]
-    ripe = max((seq for seq, s in signals if (s.received_at or s.at) <= now - terms.window), default=0)
+    ripe = max(
+        (seq for seq, s in signals if s.kind not in GONE and (s.received_at or s.at) <= now - terms.window), default=0
+    )
     reward = session_reward(session, signals, terms, ripe)
     behaviour = [s for _, s in signals if s.kind not in TWO_SIDED and s.kind in terms.signals]
     return {

@@ -154,7 +154,7 @@ class Controller:
             heard = self._hear([fact for _, fact in facts], sessions, now)
             if self._told is not None:
                 self._tell(facts)
-            self._silence(fact for _, fact in facts if isinstance(fact, Interaction) and "off" in fact.redacted)
+            self._silence(facts)
             self._settle(sessions, {one.window: one.mark for one in ripened}, lease.token)
         for route in self.routes.values():
             self._publish(route, now, lease.token)
@@ -194,19 +194,22 @@ class Controller:
         """The sessions whose reward may have changed; a signal whose answer is not known yet touches none."""
         requests = [fact for fact in facts if isinstance(fact, Interaction)]
         signals = [fact for fact in facts if isinstance(fact, Signal)]
-        replaced = [one for s in signals if s.source != "detected" for one in self._journal.event(s.tenant, s.event_id)]
-        elsewhere = [one for one in replaced if _about(one) not in {_about(s) for s in signals}]
-        heard = [*signals, *elsewhere, *self._journal.in_traces(requests)]
+        told_again = self._journal.repeated(signal for signal in signals if signal.source != "detected")
+        others = chain.from_iterable(told_again.values())
+        heard = {_about(s): s for s in (*signals, *others, *self._journal.in_traces(requests))}.values()
         about = chain(requests, *([i for _, i in self._journal.answers(signal)] for signal in heard))
         return list(dict.fromkeys((i.tenant, i.session) for i in about))
 
     def _hear(self, new: Iterable[Fact], sessions: Requests, now: float) -> int:
         """Journal what requests, comparisons and silence tell about answers; how many signals there were."""
         heard: dict[str, Signal] = {}
+        said = {(s.tenant, s.event_id): s for s in new if isinstance(s, Signal) and s.source != "detected"}
+        told_again = self._journal.repeated(said.values())
+        for key, signal in said.items():
+            if signal.kind == "comparison" or key in told_again:
+                heard |= {s.event_id: s for s in self._verdicts(*key)}
         for fact in new:
-            if isinstance(fact, Signal):
-                heard |= {s.event_id: s for s in self._verdicts(fact)}
-            elif fact.route in self.routes:
+            if isinstance(fact, Interaction) and fact.route in self.routes:
                 before = [
                     i for _, i in sessions[fact.tenant, fact.session] if i.route == fact.route and i.at <= fact.at
                 ]
@@ -233,24 +236,26 @@ class Controller:
             if about and (seq in new or (about[0][0] in answers and about[0][0] > seq)):
                 self._told(signal, meant([i for _, i in about], signal.at))
 
-    def _silence(self, answers: Iterable[Interaction]) -> None:
-        """Take back text that came about answers of which none may be kept, before it was known that none may."""
-        early = [seq for seq, s in self._journal.signals_about(answers) if stripped(s) != s]
+    def _silence(self, facts: Sequence[tuple[int, Fact]]) -> None:
+        """Take back text about answers of which none may be kept, which came when that was not known yet."""
+        answers = [fact for _, fact in facts if isinstance(fact, Interaction) and "off" in fact.redacted]
+        early = {seq for seq, signal in self._journal.signals_about(answers) if stripped(signal) != signal}
+        for seq, fact in facts:
+            if isinstance(fact, Signal) and stripped(fact) != fact:
+                early |= {seq} if any("off" in i.redacted for _, i in self._journal.answers(fact)) else set()
         if early:
-            self._journal.rewrite(early, stripped)
+            self._journal.rewrite(sorted(early), stripped)
             self._journal.scrub()
 
-    def _verdicts(self, fact: Signal) -> list[Signal]:
+    def _verdicts(self, tenant: str, event_id: str) -> list[Signal]:
         """What a comparison says of each answer, as it was sent last; what it said of others before is taken back."""
-        if fact.kind != "comparison" or fact.source == "detected":
-            return []
-        *before, last = self._journal.event(fact.tenant, fact.event_id)
+        *before, last = self._journal.event(tenant, event_id)
         now = {signal.event_id: signal for signal in compared(last)}
         gone = {signal.event_id: signal for one in before for signal in compared(one) if signal.event_id not in now}
         return [*now.values(), *(replace(signal, value=None) for signal in gone.values())]
 
     def _is_new(self, signal: Signal) -> bool:
-        known = self._journal.event(signal.tenant, signal.event_id)
+        known = self._journal.event(signal.tenant, signal.event_id, 1)
         return not known or (signal.kind == "comparison" and known[-1].value != signal.value)
 
     def _continued(self, new: Interaction) -> Interaction | None:

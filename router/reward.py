@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from router.arms import Cell, Sums
 from router.bandit import bucket_of
 from router.policy import Outcome, Reward
-from telemetry.events import Interaction, Signal, answer_name, names_of
+from telemetry.events import ELSEWHERE, REPLACED, Interaction, Signal, answer_name, names_of
 
 TWO_SIDED = frozenset(["thumb", "rating", "comparison", "survey", "outcome"])
 NAMED = frozenset(["survey", "outcome"])
+GONE = frozenset([REPLACED, ELSEWHERE])
+"""What a session is looked at again for, and that counts for nothing."""
 SESSION = "session"
 """In the place of an answer: the session as a whole."""
 ALL = 2**63 - 1
@@ -116,7 +118,7 @@ def session_reward(
     names = {name: i.event_id for i in answers for name in (*names_of(i), i.trace_id) if name}
     ends = {i.event_id: i.at + i.duration for i in answers}
     ends[SESSION] = max(ends.values())
-    ripe = {_answer(signal, names) for seq, signal in signals if seq <= matured}
+    ripe = {_answer(signal, names) for seq, signal in signals if seq <= matured and signal.kind not in GONE}
     evidence: dict[str, float] = {}
     outcomes: list[float] = []
     votes: list[float] = []

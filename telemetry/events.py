@@ -198,6 +198,8 @@ def answer_name(response_id: str) -> str:
 _HEX = set("0123456789abcdef")
 REPLACED = "replaced"
 """The kind of a signal in whose place another one came, under its event id."""
+ELSEWHERE = "elsewhere"
+"""What stands for a signal at answers of its trace, that it may have been about until it was known better."""
 
 
 def names_of(answer: Interaction) -> list[str]:

@@ -9,20 +9,24 @@ memory (at most `limit`; then interactions are dropped and counted, and durable 
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
 
+import msgspec
 from msgspec.structs import replace
 
 from telemetry.errors import StateError, StateUnavailable
-from telemetry.events import REPLACED, Fact, Interaction, Signal, answer_name, decode, encode, names_of
+from telemetry.events import ELSEWHERE, REPLACED, Fact, Interaction, Signal, answer_name, decode, encode, names_of
 from telemetry.sqlite import BUSY_SECONDS, connect, transaction, translated
+
+log = logging.getLogger("understudy.journal")
 
 MIGRATIONS = [
     """
@@ -107,10 +111,34 @@ class Journal:
             row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'facts'").fetchone()
         return row[0] if row else 0
 
-    def event(self, tenant: str, event_id: str) -> list[Signal]:
-        """All signals that came under an event id, oldest first; the last one counts."""
-        rows = self._select("WHERE event_id = ? AND type = 'signal' AND tenant = ? ORDER BY seq", (event_id, tenant))
-        return [fact for _, fact in rows if isinstance(fact, Signal)]
+    def event(self, tenant: str, event_id: str, limit: int = 16) -> list[Signal]:
+        """The last signals that came under an event id, oldest first; the last one counts."""
+        where = "WHERE event_id = ? AND type = 'signal' AND tenant = ? ORDER BY seq DESC LIMIT ?"
+        rows = self._select(where, (event_id, tenant, limit))
+        return [fact for _, fact in reversed(rows) if isinstance(fact, Signal)]
+
+    def repeated(self, signals: Iterable[Signal]) -> dict[tuple[str, str], list[Signal]]:
+        """By (tenant, event id), of ids that several signals came under: what all these are about, once each.
+
+        Of each only what it is about can be relied on.
+        """
+        found: dict[tuple[str, str], list[Signal]] = {}
+        with translated(self.path):
+            for tenant, ids in _by_tenant((signal.tenant, signal.event_id) for signal in signals):
+                marks = ", ".join("?" * len(ids))
+                where = (
+                    "SELECT event_id, response_id, trace_id, session, COUNT(*) FROM facts"
+                    f" WHERE event_id IN ({marks}) AND type = 'signal' AND +tenant = ? GROUP BY 1, 2, 3, 4"
+                )
+                rows = self._db.execute(where, (*ids, tenant)).fetchall()
+                times = Counter[str]()
+                for event, *_, count in rows:
+                    times[event] += count
+                for event, response, trace, session, _ in rows:
+                    if times[event] > 1:
+                        about = Signal(event, 0.0, "", tenant, 0.0, response, trace, session)
+                        found.setdefault((tenant, event), []).append(about)
+        return found
 
     def interactions_of(self, tenant: str, session: str) -> list[tuple[int, Interaction]]:
         """A session's requests on all routes, oldest first."""
@@ -189,7 +217,7 @@ class Journal:
         """
         signals = [(seq, signal) for seq, signal in self.signals_about(interactions) if seq <= end]
         last = self._last_of_each((signal.tenant, signal.event_id) for _, signal in signals)
-        traces: dict[tuple[str, str], list[Interaction]] = {}
+        traces: dict[tuple[str, str], list[tuple[int, Interaction]]] = {}
         found = []
         for seq, signal in signals:
             newest = last.get((signal.tenant, signal.event_id), seq)
@@ -198,8 +226,13 @@ class Journal:
             if signal.response_id is None and signal.trace_id is not None:
                 key = signal.tenant, signal.trace_id
                 if key not in traces:
-                    traces[key] = [fact for at, fact in self.answers(signal) if at <= end]
-                signal = replace(signal, response_id=meant(traces[key], signal.at).request_id)
+                    traces[key] = [(at, fact) for at, fact in self.answers(signal) if at <= end]
+                if not traces[key]:
+                    continue
+                # That it is about this answer, and not about those, was known when the newest of them came.
+                newest = max(seq, *(at for at, _ in traces[key]))
+                found += [(newest, _not_about(signal, answer)) for _, answer in traces[key]]
+                signal = replace(signal, response_id=meant([fact for _, fact in traces[key]], signal.at).request_id)
             found.append((seq, signal))
         return sorted(found, key=lambda row: (row[0], row[1].kind != REPLACED))
 
@@ -235,7 +268,7 @@ class Journal:
         """The newest facts that came after `since`, at most about `limit`, oldest first."""
         found: list[tuple[int, Fact]] = []
         for rows in self.backwards():
-            fresh = [(seq, fact) for seq, fact in rows if _came(fact) >= since]
+            fresh = [(seq, fact) for seq, fact in rows if came(fact) >= since]
             found += fresh
             if len(fresh) < len(rows) / 2 or len(found) >= limit:  # facts come nearly in the order of their times
                 break
@@ -306,12 +339,28 @@ class Journal:
     def _select(self, where: str, values: tuple[object, ...]) -> list[tuple[int, Fact]]:
         with translated(self.path):
             rows = self._db.execute(f"SELECT seq, body FROM facts {where}", values).fetchall()
-        return [(seq, decode(body)) for seq, body in rows]
+        try:
+            return [(seq, decode(body)) for seq, body in rows]
+        except (msgspec.MsgspecError, RecursionError):
+            return [(seq, fact) for seq, body in rows if (fact := self._legible(seq, body)) is not None]
+
+    def _legible(self, seq: int, body: bytes) -> Fact | None:
+        """A fact, or None for one that no reader can read: it stays where it is and stops nobody."""
+        try:
+            return decode(body)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            log.error("%s: fact %d cannot be read and is passed over: %s", self.path, seq, error)
+            return None
 
 
-def _came(fact: Fact) -> float:
+def came(fact: Fact) -> float:
     """When we heard of it: what happened long ago may be told today."""
     return fact.at if isinstance(fact, Interaction) else fact.received_at or fact.at
+
+
+def _not_about(signal: Signal, answer: Interaction) -> Signal:
+    event_id = f"{signal.event_id}\x1f{answer.request_id}"
+    return replace(signal, kind=ELSEWHERE, event_id=event_id, response_id=answer.request_id)
 
 
 def _by_tenant(keys: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:

@@ -87,7 +87,12 @@ def read(service: Service, encoding: Encoding, body: bytes) -> list[Said]:
         request = message.FromString(body) if encoding == "protobuf" else _decode(body, shape)
     except (DecodeError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Invalid(f"the body is no {message.DESCRIPTOR.name} in {encoding}: {error}") from None
-    records = sum(len(s.spans if service == "traces" else s.log_records) for s in _scopes(request, service))
+    scopes = _scopes(request, service)
+    records = (
+        sum(1 + len(span.events) for s in scopes for span in s.spans)
+        if service == "traces"
+        else sum(len(s.log_records) for s in scopes)
+    )
     if records > MOST_RECORDS:
         raise Invalid(f"the body has {records:,} records; send at most {MOST_RECORDS:,} at once", "body")
     return list(_spans(request) if service == "traces" else _log_records(request))

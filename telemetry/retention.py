@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from telemetry.errors import StateError
-from telemetry.journal import Journal
+from telemetry.journal import Journal, came
 from telemetry.privacy import stripped
 
 log = logging.getLogger("understudy.retention")
@@ -27,7 +27,7 @@ def expire(journal: Journal, before: float) -> int:
     """
     done = int(journal.known(_MARK) or b"0")
     facts = journal.read(done, BATCH)
-    last = max((place for place, (_, fact) in enumerate(facts) if fact.at < before), default=-1)
+    last = max((place for place, (_, fact) in enumerate(facts) if came(fact) < before), default=-1)
     old = [seq for seq, _ in facts[: last + 1]]  # what came before an old one is old, whatever its clock said
     if old:
         journal.rewrite(old, stripped)

@@ -248,6 +248,7 @@ def compared(comparison: Signal) -> list[Signal]:
             session=None,
             value=value,
             name=other,
+            text=None,
             target=None,
             source="detected",
             detector=COMPARED,

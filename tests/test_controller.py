@@ -387,6 +387,59 @@ def test_what_names_a_trace_that_two_sessions_share_is_about_one_answer_of_it(ho
     assert all(row["same"] for row in rebuild.compare([plan], house.store, house.journal))
 
 
+def test_a_vote_on_a_trace_moves_to_the_answer_that_was_meant_when_that_is_journaled(house: House) -> None:
+    house.journal.append([answered("1", "a", at=THEN, trace_id="x" * 32)])
+    house.journal.append([Signal("e", THEN + 20, "thumb", "t", trace_id="x" * 32, value=1.0)])
+    settle(house.controller())
+    assert house.sums() == {"a": (1.0, 1.0)}
+    house.journal.append([answered("2", "b", at=THEN + 10, trace_id="x" * 32)])
+    settle(house.controller())
+    assert house.sums() == {"b": (1.0, 1.0)}
+    plan = RoutePlan("r", ARMS, Thompson(), Reward())
+    assert all(row["same"] for row in rebuild.compare([plan], house.store, house.journal))
+
+
+def test_a_trace_that_nothing_is_known_of_stops_nobody(house: House) -> None:
+    one = answered("1", "a")
+    unknown = Signal("e", THEN + 1, "thumb", "t", trace_id="unknown", session=one.session, value=1.0)
+    house.journal.append([one, unknown, Signal("f", THEN + 1, "thumb", "t", response_id="1", value=0.0)])
+    settle(house.controller())
+    assert house.sums() == {"a": (1.0, 0.0)}
+
+
+def test_a_comparison_sent_again_as_a_thumb_is_a_thumb_only(house: House) -> None:
+    house.journal.append([answered("1", "a"), answered("2", "b")])
+    house.journal.append([Signal("c", THEN, "comparison", "t", response_id="1", target={"winner": "2", "loser": "1"})])
+    settle(house.controller())
+    assert house.sums() == {"a": (1.0, 0.0), "b": (1.0, 1.0)}
+    house.journal.append([Signal("c", THEN + 1, "thumb", "t", response_id="1", value=1.0)])
+    settle(house.controller())
+    assert house.sums() == {"a": (1.0, 1.0)}
+
+
+def test_a_thousand_signals_of_one_event_are_taken_in_at_once(house: House) -> None:
+    house.journal.append([answered("1", "a"), answered("2", "b")])
+    again = [Signal("e", THEN + n, "thumb", "t", response_id="12"[n % 2], value=1.0) for n in range(999)]
+    house.journal.append(again)
+    asked: list[str] = []
+    house.journal._db.set_trace_callback(asked.append)
+    settle(house.controller())
+    house.journal._db.set_trace_callback(None)
+    assert house.sums() == {"a": (1.0, 1.0)}
+    assert len(asked) < 200
+
+
+def test_a_fact_that_nobody_can_read_stops_nobody(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    house.journal.append([answered("1", "a"), Signal("e", THEN, "thumb", "t", response_id="1", value=1.0)])
+    house.journal.append([Signal("bad", THEN, "thumb", "t", response_id="1", value=0.0)])
+    house.journal._db.execute(
+        "UPDATE facts SET body = ? WHERE event_id = 'bad'", (b'{"type":"signal","target":' + b"[" * 9999,)
+    )
+    settle(house.controller())
+    assert house.sums() == {"a": (1.0, 1.0)}
+    assert "cannot be read" in caplog.text
+
+
 names = st.sampled_from("12345")
 facts = st.one_of(
     st.builds(

@@ -18,6 +18,7 @@ from telemetry.journal import Journal
 from telemetry.retention import BATCH, expire
 from understudy.cli import main
 from understudy.forget import forget
+from understudy.mask import mask_all
 
 
 def config_of(gw: Gateway, tmp_path: Path) -> str:
@@ -177,6 +178,28 @@ def test_a_fact_from_a_clock_ahead_does_not_keep_what_comes_after_it(tmp_path: P
     assert expire(journal, before=100.0) == 12
     assert not any(fact.text for _, fact in journal.read(0, 100) if isinstance(fact, Signal))
     journal.close()
+
+
+def test_what_is_told_today_of_long_ago_takes_no_fresh_text_with_it(tmp_path: Path) -> None:
+    journal = aged(tmp_path / "j.db", 10)
+    told = Signal(event_id="o", at=-1e6, received_at=20.0, kind="outcome", tenant="t", value=1.0)
+    journal.append([told])
+    assert expire(journal, before=5.0) == 5
+    assert sum(fact.messages is not None for _, fact in journal.read(0, 100) if isinstance(fact, Interaction)) == 3
+    journal.close()
+
+
+def test_a_slow_recogniser_locks_nobody_out(tmp_path: Path) -> None:
+    journal, other = aged(tmp_path / "j.db", 10), Journal(tmp_path / "j.db")
+
+    def slow(text: str) -> str:
+        other.know("still", b"writable")
+        return "***"
+
+    assert mask_all(journal, slow, since=0.0) == (10, True)
+    assert b"secret" not in b"".join(file.read_bytes() for file in tmp_path.glob("j.db*"))
+    journal.close()
+    other.close()
 
 
 def test_a_user_is_forgotten_though_text_goes_at_the_same_time(

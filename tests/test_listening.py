@@ -375,3 +375,38 @@ def test_behaviour_under_many_names_counts_once(gateway: MakeGateway, fake: Fake
     gw.feedback(items, x_understudy_feedback_token=token)
     found = eventually(lambda: r if (r := summary(gw, name).json()["reward"])["so_far"] else None)
     assert found["moved_by"] == {"copy": 1}
+
+
+def test_what_names_an_answer_is_not_about_a_session_too(gateway: MakeGateway, fake: FakeVllm) -> None:
+    gw = gateway(fake)
+    name, _ = answered(gw, **{"x-understudy-session": "s1"})
+    gw.feedback({"trace_id": "abc", "session_id": "s1", "kind": "thumb", "value": True})
+    gw.feedback({"response_id": name, "session_id": "s1", "kind": "thumb", "value": False})
+    assert [s.session for s in gw.signals()] == [None, None]
+    answered(gw, "more", **{"x-understudy-session": "s1"})
+    assert gw.sums()["champion"].s == 0.0
+    assert summary(gw, name).status_code == 200
+
+
+@pytest.mark.parametrize(("deep", "status"), [(20, 202), (40, 400), (900, 400), (5000, 400)])
+def test_a_target_may_be_nested_but_not_without_end(
+    gateway: MakeGateway, fake: FakeVllm, deep: int, status: int
+) -> None:
+    gw = gateway(fake)
+    name, _ = answered(gw)
+    body = f'{{"response_id": "{name}", "kind": "flag", "target": {"[" * deep}{"]" * deep}}}'
+    assert gw.http.post("/v1/feedback", content=body).status_code == status
+    gw.settled()
+
+
+def test_a_comment_journaled_after_the_answer_that_may_not_be_kept_goes_as_well(
+    gateway: MakeGateway, fake: FakeVllm
+) -> None:
+    gw = gateway(fake)
+    gw.chat("hello", metadata={"consent": "none"})
+    fact = gw.interaction()
+    late = Signal("e", time.time(), "comment", fact.tenant, response_id=fact.request_id, text="a secret of mine")
+    gw.settled()
+    with gw.journal() as journal:
+        journal.append([late])
+    eventually(lambda: gw.signals("comment")[0].text is None)

@@ -368,8 +368,9 @@ def test_a_record_with_a_bad_id_is_refused_alone(gateway: MakeGateway, fake: Fak
     [
         (b'{"resourceSpans":[{"scopeSpans":[{"spans":[' + b"{}," * 1_300_000 + b"{}]}]}]}", "json"),
         (exported([Span()] * 20_000), "x-protobuf"),
+        (exported([Span(events=[Span.Event(name="gen_ai.evaluation.result")] * 20_000)]), "x-protobuf"),
     ],
-    ids=["json", "protobuf"],
+    ids=["json", "protobuf", "events"],
 )
 def test_a_small_packed_body_of_very_many_records_is_refused_at_once(
     gateway: MakeGateway, fake: FakeVllm, body: bytes, kind: str
