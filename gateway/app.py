@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.applications import Starlette
@@ -25,7 +25,7 @@ from gateway.auth import TOKEN_KEYS, KeyRing, Pseudonyms, TokenSigner
 from gateway.feedback import Desk
 from gateway.limits import Allowance
 from gateway.listening import PATH as FEEDBACK
-from gateway.listening import Ears, Listening
+from gateway.listening import Ears, Listening, preflight
 from gateway.metrics import Metrics
 from gateway.openai import ENDPOINTS, ApiError, error_body
 from gateway.proxy import Proxy, Route
@@ -46,6 +46,16 @@ log = logging.getLogger("understudy.gateway")
 
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+MOST_HEARD = 4 << 20
+"""Bytes of a body of feedback or telemetry, where requests may not be larger anyway."""
+
+
+class Answered(Protocol):
+    """Hears of answers (`telemetry.otel.Spans`)."""
+
+    def answered(self, fact: Interaction) -> None: ...
+    def close(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -64,7 +74,8 @@ class Parts:
     feedback_per_minute: float
     max_body: int
     try_page: bool = True
-    otel_endpoint: str | None = None
+    spans: Callable[[Callable[[int], None]], Answered | None] = lambda _: None
+    """Makes what is told of every answer, given what to tell of spans that were dropped; None for nobody."""
 
 
 def build(parts: Parts) -> Starlette:
@@ -77,8 +88,8 @@ def build(parts: Parts) -> Starlette:
     hot = {f"/v1/{name}": gateway.generate(name) for name in ENDPOINTS}
     endpoints: dict[str, dict[str, Endpoint]] = {path: {"POST": endpoint} for path, endpoint in hot.items()} | {
         "/v1/models": {"GET": gateway.models},
-        FEEDBACK: {"POST": gateway.feedback, "OPTIONS": gateway.preflight},
-        f"{FEEDBACK}/": {"GET": gateway.summary, "OPTIONS": gateway.preflight},
+        FEEDBACK: {"POST": gateway.feedback, "OPTIONS": preflight},
+        f"{FEEDBACK}/": {"GET": gateway.summary, "OPTIONS": preflight},
         "/v1/traces": {"POST": gateway.hear("traces")},
         "/v1/logs": {"POST": gateway.hear("logs")},
         **({path: {"GET": pages.get, "HEAD": pages.get} for path in pages.paths} if pages else {}),
@@ -184,7 +195,7 @@ class _Gateway:
         self._journal: JournalWriter
         self._memory: Journal
         self._known: _Known
-        self._spans: Any = None
+        self._spans: Answered | None = None
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -196,10 +207,7 @@ class _Gateway:
         self._tokens = TokenSigner(self._known.tokens)
         pseudonyms = Pseudonyms(self._known.pseudonyms)
         reader = Journal(parts.journal)
-        if parts.otel_endpoint:
-            from telemetry.otel import Spans  # costs 0.3 s and 20 MB, and not everyone wants it
-
-            self._spans = Spans(parts.otel_endpoint, self._metrics.spans_dropped.inc)
+        self._spans = parts.spans(self._metrics.spans_dropped.inc)
 
         def answers(signal: Signal) -> list[Interaction]:
             return [fact for _, fact in reader.answers(signal)]
@@ -207,7 +215,7 @@ class _Gateway:
         allowance = Allowance(parts.feedback_per_minute)
         desk = Desk(self._tokens, pseudonyms, parts.captures, allowance, answers)
         thread = ThreadPoolExecutor(1, "feedback")
-        ears = Ears(self._keys, desk, self._journal, reader, thread, self._metrics, parts.max_body)
+        ears = Ears(self._keys, desk, self._journal, reader, thread, self._metrics, min(MOST_HEARD, parts.max_body))
         self._listening = Listening(ears, parts.rewards)
         self._otlp = otlp.Receiver(ears)
         self._proxy = Proxy(
@@ -269,9 +277,9 @@ class _Gateway:
                 self._known = await asyncio.to_thread(self._exchange, self._known)
                 self._tokens.refresh(self._known.tokens)
                 complained = False
-            except StateError as error:
+            except Exception as error:  # whatever it is, the next look may go well
                 if not complained:
-                    log.warning("%s; serving from the last weights", error)
+                    log.warning("%s; serving from the last weights", error, exc_info=not isinstance(error, StateError))
                 complained = True
 
     def _exchange(self, last: _Known | None) -> _Known:
@@ -333,9 +341,6 @@ class _Gateway:
 
     async def summary(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._listening.get(scope, receive, send)
-
-    async def preflight(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._listening.preflight(scope, receive, send)
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_json(send, 200, {"status": "ok"})

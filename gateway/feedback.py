@@ -132,7 +132,7 @@ def _signal(item: Item, caller: Caller | None, token: str | None, desk: Desk, no
         raise ApiError(400, f"text is longer than {TEXT_LIMIT} characters", param="text")
     claims = _claims(item, token, desk, now) if token else None
     if claims and caller and caller.keyed and caller.role != "admin" and caller.tenant != claims.tenant:
-        raise _forbidden("the feedback token is of another tenant than the API key", "token")
+        raise forbidden("the feedback token is of another tenant than the API key", "token")
     if claims is None and caller is None:
         raise ApiError(
             401,
@@ -192,15 +192,16 @@ def _claims(item: Item, token: str, desk: Desk, now: float) -> Token:
         or about.endswith(("-" + claims.request_id, "_" + claims.request_id))
     )
     if not named and _answer_of(claims.tenant, about or "", desk) != claims.request_id:
-        raise _forbidden("the feedback token is for another answer", "response_id")
+        raise forbidden("the feedback token is for another answer", "response_id")
     if item.session_id is not None and about is None:
-        raise _forbidden("a feedback token speaks for one answer, not for a session", "session_id")
+        raise forbidden("a feedback token speaks for one answer, not for a session", "session_id")
     if item.kind not in claims.kinds if claims.kinds else item.kind == "outcome":
-        raise _forbidden(f"the feedback token does not allow `{item.kind}`; use an API key", "kind")
+        raise forbidden(f"the feedback token does not allow `{item.kind}`; use an API key", "kind")
     return claims
 
 
-def _forbidden(message: str, param: str) -> ApiError:
+def forbidden(message: str, param: str | None = None) -> ApiError:
+    """Who speaks may not say or see this."""
     return ApiError(403, message, type="permission_error", param=param, code="forbidden")
 
 

@@ -6,7 +6,7 @@ A bucket holds a minute's allowance and fills at an even rate (the token bucket 
 from __future__ import annotations
 
 KEPT = 50_000
-"""Buckets at once; the one that was made first goes first."""
+"""Buckets at once; the one that was not used for longest goes first."""
 
 
 class Allowance:

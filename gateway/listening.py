@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 
 from gateway.asgi import ClientLeft, Receive, Scope, Send, read_body, send_error, send_json
 from gateway.auth import Caller, KeyRing, tenant_of
-from gateway.feedback import Desk, Item, Problem, read_items, to_signal
+from gateway.feedback import Desk, Item, Problem, forbidden, read_items, to_signal
 from gateway.metrics import Metrics
 from gateway.openai import ApiError
 from gateway.summary import summary
@@ -25,8 +25,6 @@ from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal, JournalWriter
 
 PATH = "/v1/feedback"
-MOST_BYTES = 4 << 20
-"""Of a body: more items than are allowed fit in."""
 TOKEN = b"x-understudy-feedback-token"
 
 ANY_ORIGIN = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"retry-after")]
@@ -50,6 +48,7 @@ class Ears:
     thread: ThreadPoolExecutor
     metrics: Metrics
     max_body: int
+    """Bytes, as sent and unpacked; to read more takes so long that requests would notice."""
 
     def caller(self, headers: Mapping[bytes, bytes]) -> Caller:
         """Who speaks, for the tenant that it speaks for. Raises `ApiError` 401."""
@@ -79,7 +78,7 @@ class Listening:
         headers = dict(scope["headers"])
         loop = asyncio.get_running_loop()
         try:
-            sent = await read_body(headers, receive, min(MOST_BYTES, self._ears.max_body))
+            sent = await read_body(headers, receive, self._ears.max_body)
             items, judged = await loop.run_in_executor(self._ears.thread, self._judge, sent, headers, time.time())
             problems = [p for p in judged if isinstance(p, Problem)]
             signals = [s for s in judged if isinstance(s, Signal)]
@@ -90,7 +89,7 @@ class Listening:
             await send_error(send, error, ANY_ORIGIN)
             return
         except UnderstudyError as error:
-            await send_error(send, _later(error), ANY_ORIGIN)
+            await send_error(send, later(error), ANY_ORIGIN)
             return
         except ClientLeft:
             return
@@ -139,7 +138,7 @@ class Listening:
         except ApiError as error:
             await send_error(send, error, ANY_ORIGIN)
         except StateError as error:
-            await send_error(send, _later(error), ANY_ORIGIN)
+            await send_error(send, later(error), ANY_ORIGIN)
         else:
             await send_json(send, 200, found, ANY_ORIGIN)
 
@@ -151,17 +150,10 @@ class Listening:
         caller = None if claims else self._ears.caller(headers)
         tenant = claims.tenant if claims else caller.tenant  # type: ignore[union-attr]
         if text and (caller is None or not caller.text):
-            raise ApiError(
-                403,
-                "what people wrote may be read with a key of its own only (`understudy keys create --text`)",
-                type="permission_error",
-                code="forbidden",
-            )
+            raise forbidden("what people wrote may be read with keys for that only (`understudy keys create --text`)")
         answers = desk.answers(Signal(event_id="", at=0, kind="", tenant=tenant, response_id=name))
         if claims and answers and answers[-1].request_id != claims.request_id:
-            raise ApiError(
-                403, "the feedback token is for another answer", type="permission_error", code="wrong_answer"
-            )
+            raise forbidden("the feedback token is for another answer")
         if not answers:
             message = f"no answer {name[:100]!r} is known here; it may not be journaled yet, or be another tenant's"
             raise ApiError(404, message, code="not_found")
@@ -172,10 +164,11 @@ class Listening:
         terms = self._rewards.get(answer.route, Reward())
         return summary(answer, session, reader.heard_about(session), terms, now, text=text)
 
-    async def preflight(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What a browser asks before it sends (the Fetch standard's CORS preflight)."""
-        await send({"type": "http.response.start", "status": 204, "headers": _PREFLIGHT})
-        await send({"type": "http.response.body", "body": b""})
+
+async def preflight(scope: Scope, receive: Receive, send: Send) -> None:
+    """What a browser asks before it sends (the Fetch standard's CORS preflight); an ASGI endpoint."""
+    await send({"type": "http.response.start", "status": 204, "headers": _PREFLIGHT})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def _refusal(problem: Problem, among: int) -> ApiError:
@@ -186,5 +179,6 @@ def _refusal(problem: Problem, among: int) -> ApiError:
     return ApiError(problem.status, message, type=kind, param=problem.param, code=problem.code, headers=again)
 
 
-def _later(error: UnderstudyError) -> ApiError:
+def later(error: UnderstudyError) -> ApiError:
+    """Nothing was kept, and it may be sent again."""
     return ApiError(503, f"{error}; send it again", type="server_error", headers=((b"retry-after", b"1"),))

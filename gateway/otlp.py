@@ -14,23 +14,22 @@ from dataclasses import dataclass
 
 import msgspec
 
-from gateway.asgi import ClientLeft, Receive, Scope, Send, read_body
+from gateway.asgi import ClientLeft, Receive, Scope, Send, read_body, respond
 from gateway.auth import Caller
 from gateway.feedback import ITEM_LIMIT, Item, Problem, to_signal
-from gateway.listening import Ears
+from gateway.listening import Ears, later
 from gateway.openai import ApiError
 from telemetry.errors import Invalid, UnderstudyError
 from telemetry.events import Signal
 from telemetry.otlp import Encoding, Said, Service, answer, read, status
 
 _TYPES: dict[bytes, Encoding] = {b"application/x-protobuf": "protobuf", b"application/json": "json"}
+_KINDS = {encoding: kind for kind, encoding in _TYPES.items()}
 _WINDOWS = {b"gzip": 31, b"deflate": 15}
 """Content encoding → `wbits` of zlib."""
 _CODES = {401: 16, 403: 7, 408: 4, 413: 8, 503: 14}
 """HTTP status → google.rpc.Code; all others are INVALID_ARGUMENT."""
 _REASONS = 3
-MOST_BYTES = 4 << 20
-"""Of a body, packed and unpacked; what is larger takes so long to read that requests would wait."""
 MOST_MEMBERS = 64
 """Of a gzip file; each costs a look at all that follows."""
 
@@ -58,7 +57,7 @@ class Receiver:
             if kind not in _TYPES:
                 raise ApiError(415, "send application/x-protobuf or application/json")
             caller = self._ears.caller(headers)
-            body = await read_body(headers, receive, min(MOST_BYTES, self._ears.max_body))
+            body = await read_body(headers, receive, self._ears.max_body)
             work = (service, encoding, packing, body, caller, time.time())
             taken = await asyncio.get_running_loop().run_in_executor(self._ears.thread, self._take, *work)
             await self._ears.keep(taken.signals)
@@ -66,23 +65,18 @@ class Receiver:
             await _refuse(send, encoding, error)
             return
         except UnderstudyError as error:
-            again = ((b"retry-after", b"1"),)
-            await _refuse(send, encoding, ApiError(503, f"{error}; send it again", headers=again))
+            await _refuse(send, encoding, later(error))
             return
         except ClientLeft:
             return
-        await _send(send, 200, encoding, answer(service, encoding, taken.rejected, taken.why))
+        await respond(send, 200, answer(service, encoding, taken.rejected, taken.why), _KINDS[encoding])
 
     def _take(
         self, service: Service, encoding: Encoding, packing: int | None, body: bytes, caller: Caller, now: float
     ) -> _Taken:
         """Runs in the thread. Raises `ApiError` 400 or 413, and `StateError` if the journal cannot be read."""
         try:
-            records = read(
-                service,
-                encoding,
-                body if packing is None else unpacked(body, packing, min(MOST_BYTES, self._ears.max_body)),
-            )
+            records = read(service, encoding, body if packing is None else unpacked(body, packing, self._ears.max_body))
         except Invalid as error:
             raise ApiError(400, str(error)) from None
         signals: list[Signal] = []
@@ -162,13 +156,4 @@ def _packing(name: bytes) -> int | None:
 
 async def _refuse(send: Send, encoding: Encoding, error: ApiError) -> None:
     body = status(encoding, _CODES.get(error.status, 3), str(error))
-    await _send(send, error.status, encoding, body, error.headers)
-
-
-async def _send(
-    send: Send, code: int, encoding: Encoding, body: bytes, more: tuple[tuple[bytes, bytes], ...] = ()
-) -> None:
-    kind = b"application/json" if encoding == "json" else b"application/x-protobuf"
-    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *more]
-    await send({"type": "http.response.start", "status": code, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await respond(send, error.status, body, _KINDS[encoding], error.headers)

@@ -249,7 +249,10 @@ class Controller:
 
     def _verdicts(self, tenant: str, event_id: str) -> list[Signal]:
         """What a comparison says of each answer, as it was sent last; what it said of others before is taken back."""
-        *before, last = self._journal.event(tenant, event_id)
+        versions = self._journal.event(tenant, event_id)
+        if not versions:
+            return []
+        *before, last = versions
         now = {signal.event_id: signal for signal in compared(last)}
         gone = {signal.event_id: signal for one in before for signal in compared(one) if signal.event_id not in now}
         return [*now.values(), *(replace(signal, value=None) for signal in gone.values())]

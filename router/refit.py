@@ -51,6 +51,9 @@ class Refits:
             found = running.result()
         except StateError as error:
             found = str(error)
+        except Exception as error:  # one route's prompts must not stop the controller
+            log.exception("route %s: its prompts could not be learned from", route)
+            found = repr(error)
         if isinstance(found, str):
             log.info("route %s: no new segments of prompts: %s", route, found)
             self._again[route] = now + UNFIT_SECONDS

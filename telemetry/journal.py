@@ -216,12 +216,12 @@ class Journal:
         about one answer of it (`meant`), and says so here.
         """
         signals = [(seq, signal) for seq, signal in self.signals_about(interactions) if seq <= end]
-        last = self._last_of_each((signal.tenant, signal.event_id) for _, signal in signals)
+        last = self._last_of_each(((signal.tenant, signal.event_id) for _, signal in signals), end)
         traces: dict[tuple[str, str], list[tuple[int, Interaction]]] = {}
         found = []
         for seq, signal in signals:
-            newest = last.get((signal.tenant, signal.event_id), seq)
-            if seq < newest <= end:
+            newest = last[signal.tenant, signal.event_id]
+            if seq < newest:
                 signal, seq = replace(signal, kind=REPLACED), newest
             if signal.response_id is None and signal.trace_id is not None:
                 key = signal.tenant, signal.trace_id
@@ -236,17 +236,17 @@ class Journal:
             found.append((seq, signal))
         return sorted(found, key=lambda row: (row[0], row[1].kind != REPLACED))
 
-    def _last_of_each(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
-        """The newest sequence number of each (tenant, event id) of signals."""
+    def _last_of_each(self, keys: Iterable[tuple[str, str]], end: int) -> dict[tuple[str, str], int]:
+        """The newest sequence number, up to `end`, of each (tenant, event id) of signals."""
         found: dict[tuple[str, str], int] = {}
         with translated(self.path):
             for tenant, ids in _by_tenant(keys):
                 marks = ", ".join("?" * len(ids))
                 where = (
                     f"SELECT event_id, MAX(seq) FROM facts WHERE event_id IN ({marks}) AND type = 'signal'"
-                    " AND +tenant = ? GROUP BY event_id"
+                    " AND +tenant = ? AND seq <= ? GROUP BY event_id"
                 )
-                found |= {(tenant, event): seq for event, seq in self._db.execute(where, (*ids, tenant))}
+                found |= {(tenant, event): seq for event, seq in self._db.execute(where, (*ids, tenant, end))}
         return found
 
     def in_traces(self, interactions: Iterable[Interaction]) -> list[Signal]:
@@ -374,8 +374,9 @@ def _by_tenant(keys: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]
 
 
 def meant(answers: Sequence[Interaction], at: float) -> Interaction:
-    """Of the answers in a trace (oldest first, one at least) the one that was meant at a time: the last one then."""
-    return next((answer for answer in reversed(answers) if answer.at <= at), answers[0])
+    """Of the answers in a trace (one at least, in any order) the one that was meant at a time: the last one then."""
+    then = [answer for answer in answers if answer.at <= at]
+    return max(then, key=lambda answer: answer.at) if then else min(answers, key=lambda answer: answer.at)
 
 
 def _row(fact: Fact) -> tuple[object, ...]:

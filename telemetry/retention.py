@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 from telemetry.errors import StateError
@@ -37,18 +38,17 @@ def expire(journal: Journal, before: float) -> int:
 
 def keep_to(path: Path, retention: float, stopping: threading.Event) -> None:
     """Until `stopping`: take out of the journal at `path` the text that is older than `retention` seconds."""
-    journal, complained, dirty = Journal(path), "", False
+    complained, dirty = "", True  # who was here before may have been stopped in between
     while not stopping.is_set():
         went = 0
         try:
-            went = expire(journal, time.time() - retention)
-            dirty = dirty or went > 0
-            if dirty and went < BATCH:
-                dirty = not journal.scrub()
+            with closing(Journal(path)) as journal:
+                while (went := expire(journal, time.time() - retention)) == BATCH and not stopping.wait(0.05):
+                    dirty = True
+                dirty = (dirty or went > 0) and not journal.scrub()
             complained = ""
         except StateError as error:
             if str(error) != complained:
                 log.warning("text older than %g days stays for now: %s", retention / 86400.0, error)
             complained = str(error)
-        stopping.wait(0.05 if went == BATCH else 1.0 if dirty else PAUSE)
-    journal.close()
+        stopping.wait(1.0 if dirty else PAUSE)

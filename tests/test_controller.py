@@ -399,6 +399,25 @@ def test_a_vote_on_a_trace_moves_to_the_answer_that_was_meant_when_that_is_journ
     assert all(row["same"] for row in rebuild.compare([plan], house.store, house.journal))
 
 
+def test_in_a_trace_the_last_answer_by_the_clock_is_meant_in_whatever_order_they_were_journaled(house: House) -> None:
+    house.journal.append([answered("2", "b", at=THEN + 10, trace_id="x" * 32)])
+    house.journal.append([answered("1", "a", at=THEN, trace_id="x" * 32)])
+    house.journal.append([Signal("e", THEN + 20, "thumb", "t", trace_id="x" * 32, value=1.0)])
+    settle(house.controller())
+    assert house.sums() == {"b": (1.0, 1.0)}
+
+
+def test_a_recount_sees_of_an_event_only_what_the_controller_has_come_to(house: House) -> None:
+    house.journal.append([answered("1", "a"), answered("2", "b")])
+    votes = [Signal("e", THEN + n, "thumb", "t", response_id=name, value=1.0) for n, name in enumerate("121")]
+    house.journal.append(votes[:2])
+    settle(house.controller())
+    house.journal.append(votes[2:])  # not read yet
+    plan = RoutePlan("r", ARMS, Thompson(), Reward())
+    assert all(row["same"] for row in rebuild.compare([plan], house.store, house.journal))
+    assert house.sums() == {"b": (1.0, 1.0)}
+
+
 def test_a_trace_that_nothing_is_known_of_stops_nobody(house: House) -> None:
     one = answered("1", "a")
     unknown = Signal("e", THEN + 1, "thumb", "t", trace_id="unknown", session=one.session, value=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 from conftest import Gateway, MakeGateway, eventually
 from fake_vllm import FakeVllm
 
+from telemetry.errors import StateLocked
 from telemetry.events import Answerer, Interaction, Signal
 from telemetry.journal import Journal
-from telemetry.retention import BATCH, expire
+from telemetry.retention import BATCH, expire, keep_to
 from understudy.cli import main
 from understudy.forget import forget
 from understudy.mask import mask_all
@@ -202,6 +204,28 @@ def test_a_slow_recogniser_locks_nobody_out(tmp_path: Path) -> None:
     other.close()
 
 
+def test_text_goes_though_the_journal_could_not_be_opened_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aged(tmp_path / "j.db", 2 * BATCH + 7).close()
+    monkeypatch.setattr("telemetry.retention.PAUSE", 0.05)
+    real, tries = Journal, []
+
+    def shy(path: Path) -> Journal:
+        tries.append(path)
+        if len(tries) == 1:
+            raise StateLocked("another program has it")
+        return real(path)
+
+    monkeypatch.setattr("telemetry.retention.Journal", shy)
+    stopping = threading.Event()
+    thread = threading.Thread(target=keep_to, args=(tmp_path / "j.db", 1.0, stopping))
+    thread.start()
+    eventually(lambda: b"secret" not in b"".join(file.read_bytes() for file in tmp_path.glob("j.db*")), 10)
+    stopping.set()
+    thread.join()
+
+
 def test_a_user_is_forgotten_though_text_goes_at_the_same_time(
     gateway: MakeGateway, fake: FakeVllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +262,7 @@ def test_signals_lists_what_was_heard_and_reading_texts_leaves_a_record(
     gateway: MakeGateway, fake: FakeVllm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gw = gateway(fake)
-    talk(gw, "ann", "pineapple")
+    talk(gw, "ann", "pineapple \x1b[2J")
     config = config_of(gw, tmp_path)
     assert main(["signals", "--config", config, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -247,6 +271,7 @@ def test_signals_lists_what_was_heard_and_reading_texts_leaves_a_record(
     assert main(["signals", "--config", config, "--kind", "comment", "--text", "--limit", "5"]) == 0
     shown = capsys.readouterr().out
     assert "pineapple" in shown.replace("\n", "")
+    assert "\x1b[2J" not in shown, "a text does not steer the terminal"
     assert "thumb" not in shown
     with gw.journal() as journal:
         ((at, who, _),) = journal.reads()

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import random
 import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 from conftest import ROUTE, Gateway, MakeGateway, ask, eventually
@@ -40,6 +39,8 @@ from opentelemetry.sdk._logs.export import SimpleLogRecordProcessor
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
+from gateway import listening
+from gateway import otlp as gateway_otlp
 from telemetry.events import Signal
 from telemetry.journal import JournalWriter
 from telemetry.otel import MOST_WAITING, Spans
@@ -528,12 +529,26 @@ def test_while_nothing_can_be_kept_senders_are_told_to_come_again(
     assert Status.FromString(said.content).code == 14
 
 
-def test_reading_is_off_the_loop(gateway: MakeGateway, fake: FakeVllm) -> None:
-    """A body that takes long to read holds up nobody else: both are answered, the small one is not after the large."""
+def test_reading_is_off_the_loop(gateway: MakeGateway, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a body costs to unpack, decode and judge is no request's to wait for."""
+    where: list[str] = []
+
+    def noted(real: Any) -> Any:
+        def reading(*args: Any, **named: Any) -> Any:
+            where.append(threading.current_thread().name)
+            return real(*args, **named)
+
+        return reading
+
+    for module, name in (
+        (gateway_otlp, "unpacked"), (gateway_otlp, "read"), (listening, "read_items"), (listening, "summary"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, noted(getattr(module, name)))
     gw = gateway(fake)
-    body = gzip.compress(exported([span() for _ in range(9_000)]))
-    with httpx.Client(base_url=gw.url) as other:
-        other.get("/healthz")
-        assert gw.http.post("/v1/traces", content=body, headers=PROTOBUF | {"content-encoding": "gzip"}).is_success
-        assert other.get("/healthz").is_success
-    assert json.loads(gw.http.get("/healthz").content) == {"status": "ok"}
+    answer = answered(gw)
+    packed = gzip.compress(exported([span(answer, kind="copy")]))
+    assert gw.http.post("/v1/traces", content=packed, headers=PROTOBUF | {"content-encoding": "gzip"}).is_success
+    assert gw.feedback({"response_id": answer, "kind": "copy"}).is_success
+    assert gw.http.get(f"/v1/feedback/{answer}").is_success
+    assert len(where) == 4
+    assert all(name.startswith("feedback") for name in where)

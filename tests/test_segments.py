@@ -222,6 +222,22 @@ def test_a_fit_is_asked_for_once_and_there_later(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_fit_that_fails_is_tried_again_later_and_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> Segmenter:
+        raise ZeroDivisionError("somewhere in a library")
+
+    monkeypatch.setattr("router.refit.learn", broken)
+    refits = Refits(tmp_path / "j.db")
+    assert refits.ready(ROUTE, None, None, 100.0) is None
+    eventually(lambda: refits.done(ROUTE))
+    assert refits.ready(ROUTE, None, None, 101.0) is None
+    assert not refits.done(ROUTE)
+    assert "somewhere in a library" in caplog.text
+    refits.close()
+
+
 def test_a_gateway_routes_each_cluster_of_prompts_by_itself(
     gateway: MakeGateway, fake: FakeVllm, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -80,6 +81,6 @@ def build_gateway(settings: Settings) -> Starlette:
             feedback_per_minute=settings.auth.feedback_per_minute,
             max_body=settings.listen.max_body,
             try_page=settings.listen.try_page,
-            otel_endpoint=settings.otel.endpoint,
+            spans=partial(build_spans, settings),
         )
     )

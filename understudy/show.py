@@ -192,6 +192,7 @@ def signals(rows: Sequence[Mapping[str, Any]]) -> None:
         what = row["kind"] if row["value"] is None else f"{row['kind']} {row['value']:g}"
         by = f"{row['route']}/{row['arm']}" if row["arm"] else "no answer known"
         why = " ".join(filter(None, (row["name"], row["reason"], row.get("text"))))
+        why = "".join(char if char.isprintable() else "·" for char in why)  # people's texts may steer a terminal
         line = f"{at}  {what:<14}  {by:<20}  {row['answer'] or '':<32}  {row['source']:<8}  {why}"
         console.print(escape(line.rstrip()), soft_wrap=True, highlight=False)
     if not rows:
