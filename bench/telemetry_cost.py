@@ -46,8 +46,9 @@ from router.controller import Controller, RoutePlan
 from router.policy import Arm, Reward, Thompson
 from router.store_sqlite import SqliteStore
 from telemetry.events import Interaction, new_id
-from telemetry.journal import Journal, JournalWriter
+from telemetry.journal import Journal
 from telemetry.privacy import Capture, Captures
+from telemetry.writer import JournalWriter
 
 ARMS = {"a": Arm(model="base"), "b": Arm(model="good")}
 WORDS = ("the contract says that a tenant may keep one small dog if nobody", "in the house is afraid of it at night")

@@ -38,9 +38,10 @@ from router.segments import Segmenter
 from router.store import ApiKey, Store
 from telemetry.errors import StateError
 from telemetry.events import Interaction, Signal
-from telemetry.journal import Journal, JournalWriter
+from telemetry.journal import Journal
 from telemetry.otlp import Service
 from telemetry.privacy import Captures
+from telemetry.writer import JournalWriter
 
 log = logging.getLogger("understudy.gateway")
 

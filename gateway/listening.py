@@ -22,7 +22,8 @@ from gateway.summary import summary
 from router.policy import Reward
 from telemetry.errors import StateError, UnderstudyError
 from telemetry.events import Interaction, Signal
-from telemetry.journal import Journal, JournalWriter
+from telemetry.journal import Journal
+from telemetry.writer import JournalWriter
 
 PATH = "/v1/feedback"
 TOKEN = b"x-understudy-feedback-token"

@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from telemetry.errors import UnderstudyError
+
 Method = Literal["dpo", "kto"]
 Loss = Literal["sigmoid+sft", "robust", "ipo", "conservative"]
 LOSSES: tuple[Loss, ...] = ("sigmoid+sft", "robust", "ipo", "conservative")
@@ -78,7 +80,7 @@ class Artifact(msgspec.Struct, frozen=True):
     adapter_hash: str
     """SHA-256 over the adapter's files, by name (`learner.hashes.folder_hash`)."""
     metrics: dict[str, float]
-    """Of the best step, on the held-out set: `held_out_accuracy`, `held_out_margin`, `held_out_loss`, …; and of the run."""
+    """Of the best step, on the held-out set (`held_out_accuracy`, `held_out_margin`, …); and of the run."""
     steps: int = 0
     stopped: str = ""
     """Why it ended: `no longer better`, `max_epochs`, `collapsed` (then the adapter must not be served)."""
@@ -95,7 +97,7 @@ class Artifact(msgspec.Struct, frozen=True):
         return Path(self.folder) / "adapter"
 
 
-class TrainingFailed(Exception):
+class TrainingFailed(UnderstudyError):
     """A run that left no artifact; says why and what to do."""
 
 

@@ -435,12 +435,3 @@ class Rollout(Written):
             if after.share <= before.share:
                 raise fault(f"does not rise; make it more than the {before.share:g} before it", str(place), "share")
         return stages
-
-
-class Learner(Written):
-    """How challengers are trained."""
-
-    base: Text = Field(description="The model that adapters are trained on: a folder or a hub name.")
-    min_pairs: int = Field(500, ge=1, description="Preference pairs to gather before training.")
-    every: PositiveDuration = Field(7 * 86400.0, description="Longest time between trainings.")
-    gate: FrozenMap[str, Any] = Field(default={}, description="What a challenger must pass before any user meets it.")

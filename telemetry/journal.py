@@ -1,28 +1,20 @@
 """The journal: the durable, append-only log of facts, one SQLite file that several processes share.
 
-`Journal` reads and appends, synchronously. `JournalWriter` stands between an event loop and the disk: one thread
-takes what was put since its last commit and writes it in one transaction, so that a request never waits for a
-disk and a thousand facts cost one sync. While the disk fails or another program locks the file, facts wait in
-memory (at most `limit`; then interactions are dropped and counted, and durable puts are refused).
+`Journal` reads and appends, synchronously; `telemetry.writer` stands between it and an event loop.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sqlite3
-import threading
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
 
-from telemetry.errors import StateError, StateUnavailable
 from telemetry.events import ELSEWHERE, REPLACED, Fact, Interaction, Signal, answer_name, decode, encode, names_of
 from telemetry.sqlite import BUSY_SECONDS, connect, transaction, translated
 
@@ -249,6 +241,37 @@ class Journal:
                 found |= {(tenant, event): seq for event, seq in self._db.execute(where, (*ids, tenant, end))}
         return found
 
+    def sessions_of(self, signals: Iterable[Signal]) -> set[tuple[str, str]]:
+        """The (tenant, session) of every request that one of `signals` is about."""
+        signals = list(signals)
+        named = {
+            "request_id": [(s.tenant, answer_name(s.response_id)) for s in signals if s.response_id],
+            "response_id": [(s.tenant, answer_name(s.response_id)) for s in signals if s.response_id],
+            "trace_id": [(s.tenant, s.trace_id) for s in signals if s.trace_id and not s.response_id],
+        }
+        found = {(s.tenant, s.session) for s in signals if s.session and not (s.response_id or s.trace_id)}
+        with translated(self.path):
+            for column, keys in named.items():
+                for tenant, names in _by_tenant(keys):
+                    marks = ", ".join("?" * len(names))
+                    where = f"SELECT session FROM facts WHERE {column} IN ({marks}) AND +tenant = ?"
+                    found |= {(tenant, session) for (session,) in self._db.execute(where, (*names, tenant)) if session}
+        return found
+
+    def newest(self) -> float:
+        """When the last thing on record happened, Unix seconds; 0 where nothing did. Looks through all facts."""
+        with translated(self.path):
+            return float(self._db.execute("SELECT MAX(at) FROM facts").fetchone()[0] or 0.0)
+
+    def events(self, tenant: str, event_ids: Sequence[str]) -> list[Fact]:
+        """The facts of these ids, in the order of arrival. Looks for interactions through the whole journal."""
+        found: dict[int, Fact] = {}
+        for start in range(0, len(event_ids), AT_MOST):
+            part = tuple(event_ids[start : start + AT_MOST])
+            where = f"WHERE event_id IN ({', '.join('?' * len(part))}) AND +tenant = ?"
+            found |= dict(self._select(where, (*part, tenant)))
+        return [found[seq] for seq in sorted(found)]
+
     def in_traces(self, interactions: Iterable[Interaction]) -> list[Signal]:
         """Signals that name only the trace of one of `interactions`."""
         keys = dict.fromkeys((i.tenant, i.trace_id) for i in interactions if i.trace_id)
@@ -396,92 +419,3 @@ def _foreign(fact: Interaction) -> str | None:
     """The answer's id if it cannot be found by our request id."""
     name = answer_name(fact.response_id) if fact.response_id is not None else None
     return name if name != fact.request_id else None
-
-
-class JournalWriter:
-    """A thread that writes what is put, in batches. `put` never blocks; `put_durably` resolves once on disk."""
-
-    LINGER = 0.05
-    """Seconds a batch of interactions may wait for company; durable puts do not wait."""
-    BATCH = 2000
-    PATIENCE = 5.0
-    """Seconds that a durable put may take."""
-
-    def __init__(self, path: Path, *, limit: int = 100_000, report: Callable[[str], None] = lambda _: None) -> None:
-        self.dropped = 0
-        self.failing: str | None = None
-        """Why the last write failed; None while writes succeed."""
-        self._journal = Journal(path)
-        self._limit = limit
-        self._report = report
-        self._queue: deque[tuple[Sequence[Fact], Future[None] | None]] = deque()
-        self._wake = threading.Event()
-        self._hurry = threading.Event()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-        self._thread.start()
-
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    def put(self, fact: Fact) -> None:
-        if len(self._queue) >= self._limit:
-            self.dropped += 1
-            return
-        self._queue.append(((fact,), None))
-        self._wake.set()
-
-    async def put_durably(self, facts: Sequence[Fact], timeout: float | None = None) -> None:
-        """Return when `facts` are on disk; StateUnavailable after `timeout` (or `PATIENCE`) seconds without that."""
-        if len(self._queue) >= self._limit:
-            raise StateUnavailable(f"the journal's queue is full: {self.failing or 'the disk is too slow'}")
-        done: Future[None] = Future()
-        self._queue.append((facts, done))
-        self._hurry.set()
-        self._wake.set()
-        try:
-            await asyncio.wait_for(asyncio.wrap_future(done), self.PATIENCE if timeout is None else timeout)
-        except TimeoutError:
-            raise StateUnavailable(f"the journal cannot be written: {self.failing or 'too slow'}") from None
-
-    def close(self, timeout: float = 10.0) -> None:
-        """Write all that is queued, then stop."""
-        self._closing = True
-        self._hurry.set()
-        self._wake.set()
-        self._thread.join(timeout)
-        if not self._thread.is_alive():
-            self._journal.close()
-
-    def _run(self) -> None:
-        while not (self._closing and not self._queue):
-            self._wake.wait()
-            if not self._closing:
-                self._hurry.wait(self.LINGER)
-            self._hurry.clear()
-            self._wake.clear()
-            self._drain()
-
-    def _drain(self) -> None:
-        while self._queue:
-            batch = [self._queue.popleft() for _ in range(min(self.BATCH, len(self._queue)))]
-            # A caller who stopped waiting was told 503 and will send again; what it sent is not kept twice.
-            batch = [(facts, done) for facts, done in batch if done is None or not done.cancelled()]
-            facts = [fact for facts, _ in batch for fact in facts]
-            try:
-                self._journal.append(facts)
-            except StateError as error:
-                self._queue.extendleft(reversed(batch))
-                if self.failing is None:
-                    self._report(f"journal: {error}; {len(self._queue)} facts wait in memory")
-                self.failing = str(error)
-                if self._closing:
-                    self._report(f"journal: closed with {len(self._queue)} facts unwritten")
-                    self._queue.clear()
-                    return
-                time.sleep(0.2)
-                continue
-            self.failing = None
-            for _, done in batch:
-                if done is not None and done.set_running_or_notify_cancel():
-                    done.set_result(None)

@@ -13,7 +13,7 @@ from conftest import ROUTE, Gateway, MakeGateway, eventually
 from fake_vllm import Behaviour, FakeVllm
 
 from gateway.auth import TokenSigner
-from telemetry.journal import JournalWriter
+from telemetry.writer import JournalWriter
 
 TOKEN = "x-understudy-feedback-token"
 

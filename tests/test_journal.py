@@ -18,7 +18,8 @@ from conftest import eventually
 
 from telemetry.errors import StateUnavailable
 from telemetry.events import Answerer, Interaction, Signal, encode, new_id
-from telemetry.journal import MIGRATIONS, Journal, JournalWriter
+from telemetry.journal import MIGRATIONS, Journal
+from telemetry.writer import JournalWriter
 
 ARM = Answerer("champion", "base")
 
@@ -180,7 +181,7 @@ KILLED = """
 import asyncio, sys
 from pathlib import Path
 from telemetry.events import Signal, new_id
-from telemetry.journal import JournalWriter
+from telemetry.writer import JournalWriter
 async def main():
     writer = JournalWriter(Path(sys.argv[1]))
     while True:

@@ -19,7 +19,8 @@ from conftest import eventually
 
 from telemetry.errors import StateError, StateReadOnly, StateUnavailable, StateVersion
 from telemetry.events import Answerer, Fact, Interaction, Signal, encode
-from telemetry.journal import MIGRATIONS, Journal, JournalWriter
+from telemetry.journal import MIGRATIONS, Journal
+from telemetry.writer import JournalWriter
 from telemetry.sqlite import connect, transaction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -369,7 +370,7 @@ KILLED = """
 import asyncio, sys
 from pathlib import Path
 from telemetry.events import Signal
-from telemetry.journal import JournalWriter
+from telemetry.writer import JournalWriter
 
 writer = JournalWriter(Path(sys.argv[1]))
 
@@ -439,7 +440,8 @@ FULL = """
 import resource, signal, sys, time
 from pathlib import Path
 from telemetry.events import Answerer, Interaction
-from telemetry.journal import Journal, JournalWriter
+from telemetry.journal import Journal
+from telemetry.writer import JournalWriter
 
 path = Path(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -42,8 +42,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from gateway import listening
 from gateway import otlp as gateway_otlp
 from telemetry.events import Signal
-from telemetry.journal import JournalWriter
 from telemetry.otel import MOST_WAITING, Spans
+from telemetry.writer import JournalWriter
 
 PROTOBUF = {"content-type": "application/x-protobuf"}
 JSON = {"content-type": "application/json"}

@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from learner.plan import Learner
 from router.policy import (
     Arm,
     FrozenMap,
     Learned,
-    Learner,
     Name,
     Policy,
     PositiveDuration,
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 MASK = "***"
-_FREE = frozenset({"params", "gate"})
+_FREE = frozenset({"params", "gate", "train"})
 _SIZES = {"": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30}
 _SECRET_KEY = re.compile(r"api[-_]?key|secret|passw|authorization|(^|[-_])token$|cookie", re.IGNORECASE)
 _DEFAULT_JOURNAL = Path("understudy.db")

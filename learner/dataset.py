@@ -1,0 +1,283 @@
+"""From the journal to a dataset: a folder of shards with a manifest that says how it came to be.
+
+The same journal and policy give the same bytes on any machine, in whatever order the facts arrived: the dataset's
+present is the newest fact's time, rows are sorted by content, and nothing depends on paths, clocks or chance. Memory
+holds what was judged, not what was asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from learner import goldens, shards
+from learner.curate import Curated, coverage, curate, shared_out
+from learner.examples import KINDS, SPLITS, Example
+from learner.goldens import Goldens
+from learner.pairs import VERDICTS, Harvest, Rules, harvest
+from learner.people import People, cohort, who
+from learner.plan import DatasetPolicy
+from learner.shards import BadDataset
+from learner.split import divide
+from learner.weigh import longer, shares, weigh
+from router.reward import Heard
+from telemetry.events import Interaction, Signal, answer_name, names_of
+from telemetry.journal import Journal, came
+
+FORMAT = 1
+KINDS_LEARNED = frozenset([*VERDICTS, "thumb", "rating", "comparison", "correction", "edit"])
+AT_ONCE = 200
+"""Sessions that are read at once."""
+FEWEST_USERS = 2
+
+
+class Source(NamedTuple):
+    """What a dataset is made from."""
+
+    journal: Journal
+    route: str
+    retention: float
+    """Seconds that text is kept: older text is not used, even where it still stands."""
+    version: str
+    """Of the code."""
+
+
+@dataclass(slots=True)
+class Built:
+    """A dataset, and what went into it."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    hash: str
+    curated: Curated
+    unusable: Counter[str] = field(default_factory=Counter)
+
+
+class NothingToLearn(BadDataset):
+    """The journal holds too little for a dataset; says what is missing."""
+
+
+def build(source: Source, policy: DatasetPolicy, folder: Path) -> Built:
+    """Build the dataset below `folder` and give it the name of its content; at once if it is there already.
+
+    Raises `NothingToLearn`, `BadGoldens`, `StateError`, OSError (a full disk leaves nothing that looks whole).
+    """
+    denied = goldens.load(policy.goldens)
+    until, last = source.journal.newest(), source.journal.last()
+    people, sessions = _read(source, policy, until, last)
+    found = _harvested(source, policy, until, last, sessions)
+    curated = curate(found.votes, people, policy, denied, until)
+    examples = _replayed(curated, policy, until)
+    divided = divide(examples, policy.held_out, policy.salt)
+    curated.drop("straddling", "its prompt is on the other side of the split", divided.left_out)
+    examples = shared_out(curated, divided.examples, policy)
+    _check(examples, found, source.route)
+    examples = weigh(examples, people.requests, policy.clip)
+    manifest = _manifest(source, policy, until, last, denied, curated, found, examples)
+    return _written(folder, source.route, manifest, policy, examples, curated, found)
+
+
+def count_new(source: Source, policy: DatasetPolicy, since: float) -> int:
+    """Pairs that the policy would accept now and whose newest fact came after `since`, Unix seconds."""
+    until, last = source.journal.newest(), source.journal.last()
+    people, sessions = _read(source, policy, until, last)
+    found = _harvested(source, policy, until, last, sessions)
+    examples = curate(found.votes, people, policy, goldens.load(policy.goldens), until).examples
+    return sum(one.kind == "pair" and one.at > since for one in examples)
+
+
+def _start(source: Source, policy: DatasetPolicy, until: float) -> float:
+    """When the oldest feedback that may be used came."""
+    return until - (max(policy.window, source.retention) if policy.replay else policy.window)
+
+
+def _read(source: Source, policy: DatasetPolicy, until: float, last: int) -> tuple[People, list[tuple[str, str]]]:
+    """Who gave feedback, and the sessions that were judged."""
+    start = _start(source, policy, until)
+    people = People()
+    sessions: set[tuple[str, str]] = set()
+    after = 0
+    while facts := source.journal.read(after, 1000):
+        after = facts[-1][0]
+        signals = []
+        for seq, fact in facts:
+            if seq > last or came(fact) < start or (isinstance(fact, Interaction) and fact.route != source.route):
+                continue
+            people.add(fact)
+            if isinstance(fact, Signal) and fact.kind in KINDS_LEARNED:
+                signals.append(fact)
+        sessions |= source.journal.sessions_of(signals)
+    return people, sorted(sessions)
+
+
+def _harvested(
+    source: Source, policy: DatasetPolicy, until: float, last: int, sessions: Sequence[tuple[str, str]]
+) -> Harvest:
+    rules = Rules(policy.consent == "assumed", until - source.retention)
+    start = _start(source, policy, until)
+    found, seen = Harvest(), set[tuple[object, ...]]()
+    for begins in range(0, len(sessions), AT_ONCE):
+        for requests, heard in _with_signals(source, sessions[begins : begins + AT_ONCE], last):
+            own = harvest(requests, heard, rules, lambda tenant, name: _answer(source.journal, tenant, name))
+            found.unusable += own.unusable
+            for vote in own.votes:
+                name = vote.example.id, vote.example.events  # a comparison is heard in both answers' sessions
+                if vote.example.at >= start and name not in seen:
+                    seen.add(name)
+                    found.votes.append(vote)
+    return found
+
+
+def _with_signals(
+    source: Source, keys: Sequence[tuple[str, str]], last: int
+) -> Iterator[tuple[list[Interaction], list[Heard]]]:
+    """Of each session its requests on the route, oldest first, and what was heard about them."""
+    found = source.journal.sessions(keys, {})
+    by_session: dict[tuple[str, str], list[Interaction]] = {}
+    for key in sorted(found):
+        requests = [fact for seq, fact in found[key] if fact.route == source.route and seq <= last]
+        if requests:
+            by_session[key] = sorted(requests, key=lambda one: (one.at, one.event_id))
+    every = [request for requests in by_session.values() for request in requests]
+    place = {(one.tenant, name): (one.tenant, one.session) for one in every for name in names_of(one)}
+    heard: dict[tuple[str, str], list[Heard]] = {}
+    for row in source.journal.heard_about(every, last):
+        for key in _about(row[1], place):
+            heard.setdefault(key, []).append(row)
+    for key, requests in by_session.items():
+        yield requests, heard.get(key, [])
+
+
+def _about(signal: Signal, place: dict[tuple[str, str], tuple[str, str]]) -> set[tuple[str, str]]:
+    """The sessions that a signal speaks of."""
+    names = [signal.response_id] if signal.response_id else []
+    if isinstance(signal.target, dict):
+        for said in signal.target.values():
+            names += [name for name in (said if isinstance(said, list) else [said]) if isinstance(name, str)]
+    keys = {place.get((signal.tenant, name)) or place.get((signal.tenant, answer_name(name))) for name in names}
+    if not names and signal.session:
+        keys.add((signal.tenant, signal.session))
+    return {key for key in keys if key is not None}
+
+
+def _answer(journal: Journal, tenant: str, name: str) -> Interaction | None:
+    found = journal.answers(Signal(event_id="", at=0.0, kind="", tenant=tenant, response_id=name))
+    return found[0][1] if found else None
+
+
+def _replayed(curated: Curated, policy: DatasetPolicy, until: float) -> list[Example]:
+    """The window's examples, and of older ones as many as the policy replays, drawn by a hash."""
+    fresh = [one for one in curated.examples if one.at >= until - policy.window]
+    older = [one for one in curated.examples if one.at < until - policy.window]
+    most = int(len(fresh) * policy.replay / (1 - policy.replay)) if policy.replay < 1 else len(older)
+    drawn = sorted(older, key=lambda one: hashlib.sha256(f"{policy.salt}\0{one.id}".encode()).digest())
+    curated.drop("replay", f"older than the window, and beyond a share of {policy.replay:g}", drawn[most:])
+    return sorted([*fresh, *drawn[:most]], key=lambda one: one.id)
+
+
+def _check(examples: Sequence[Example], found: Harvest, route: str) -> None:
+    if not examples:
+        why = "; ".join(f"{count} × {reason}" for reason, count in found.unusable.most_common(3))
+        gave = f"{len(found.votes)} votes were heard, and no example is left of them" if found.votes else "nobody voted"
+        raise NothingToLearn(
+            f"route {route} has nothing to learn from: {gave}{f' (not usable: {why})' if why else ''}; "
+            "`understudy signals` shows what is heard, and dataset.window may be too short"
+        )
+    users = {who(one) for one in examples}
+    if len(users) < FEWEST_USERS:
+        raise NothingToLearn(
+            f"route {route} has feedback of one user only, whose taste is not everybody's; wait for a second one"
+        )
+
+
+def _manifest(
+    source: Source,
+    policy: DatasetPolicy,
+    until: float,
+    last: int,
+    denied: Goldens,
+    curated: Curated,
+    found: Harvest,
+    examples: Sequence[Example],
+) -> dict[str, Any]:
+    pairs = [one for one in examples if one.kind == "pair"]
+    sides = Counter(longer(one) for one in pairs)
+    return {
+        "format": FORMAT,
+        "route": source.route,
+        "code": source.version,
+        "policy": policy.model_dump(mode="json", exclude={"goldens"}),
+        "goldens": {"texts": len(denied), "sha256": denied.digest()},
+        "journal": {"high_water": last, "until": until, "retention": source.retention},
+        "votes": curated.votes,
+        "unusable": dict(sorted(found.unusable.items())),
+        "filters": [
+            {"filter": one.filter, "meaning": one.meaning, "dropped": one.count, "shown": [e.id for e in one.examples]}
+            for one in curated.dropped
+        ],
+        "agreement": {"krippendorff_alpha": _rounded(curated.alpha), "pairwise": _rounded(curated.agreement)},
+        "examples": {
+            split: {kind: sum(one.split == split and one.kind == kind for one in examples) for kind in KINDS}
+            for split in SPLITS
+        },
+        "reasons": dict(sorted(Counter(one.reason for one in examples).items())),
+        "users": {split: len({who(one) for one in examples if one.split == split}) for split in SPLITS},
+        "coverage": coverage(examples),
+        "cohorts": shares(examples, lambda one: "/".join(part or "-" for part in cohort(one))),
+        "arms": shares(examples, lambda one: " > ".join(one.arms)),
+        "length": {"longer_chosen": sides[1], "shorter_chosen": sides[-1], "equal": sides[0]},
+        "oldest_text": min(one.text_from for one in examples),
+    }
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else round(number, 6)
+
+
+def _written(
+    folder: Path,
+    route: str,
+    manifest: dict[str, Any],
+    policy: DatasetPolicy,
+    examples: Iterable[Example],
+    curated: Curated,
+    found: Harvest,
+) -> Built:
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
+    try:
+        written = shards.write(work, examples, policy.format, policy.shard)
+        manifest["shards"] = [shard._asdict() for shard in written]
+        shards.write_manifest(work, manifest)
+        name = shards.manifest_hash(work)
+        home = folder / f"{route.replace('/', '_')}-{name[:12]}"
+        work.chmod(0o755)
+        try:
+            os.rename(work, home)
+        except OSError:
+            if not (home / shards.MANIFEST).is_file():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Built(home, manifest, name, curated, found.unusable)
+
+
+def explain(folder: Path, example_id: str, journal: Journal) -> dict[str, Any]:
+    """One example back to where it comes from: its texts, and the facts that it was made of.
+
+    Raises `BadDataset` where no example's id begins so.
+    """
+    found = [one for one in shards.read(folder) if one.id.startswith(example_id)]
+    if len(found) != 1:
+        what = "no example's id begins" if not found else f"{len(found)} examples' ids begin"
+        raise BadDataset(f"in {folder} {what} with {example_id!r}; `understudy dataset show {folder}` lists them")
+    example = found[0]
+    facts = journal.events(example.tenant, example.events)
+    return {"example": example, "facts": facts, "missing": sorted(set(example.events) - {f.event_id for f in facts})}

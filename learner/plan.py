@@ -1,0 +1,98 @@
+"""What an operator writes about learning: which feedback makes a dataset, and when and how a challenger is trained.
+
+Only shapes and their checks, as in `router.policy`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from learner.spec import Loss
+from router.policy import Duration, Fraction, FrozenMap, Name, PositiveDuration, Text, Written, fault
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class DatasetPolicy(Written):
+    """Which feedback becomes examples, and which examples are kept."""
+
+    window: PositiveDuration = Field(
+        30 * 86400.0, description="Feedback that came in this time before the newest fact."
+    )
+    tenants: tuple[Name, ...] = Field((), description="Of these tenants only; all where none is written.")
+    task_types: tuple[Text, ...] = Field((), description="Of these task types only; all where none is written.")
+    consent: Literal["assumed", "said"] = Field(
+        "assumed", description="Where an app does not say what its user agreed to: learn from it, or not."
+    )
+    replay: Fraction = Field(0.0, description="Share of the training examples that is drawn from before the window.")
+    held_out: float = Field(0.1, gt=0, lt=0.9, description="Share of the examples that is kept for evaluation.")
+    salt: Text = Field("understudy", description="Another one splits users otherwise.")
+    min_agreement: Fraction = Field(0.66, description="Weighted share of the votes on an example that must agree.")
+    user_share: Share = Field(0.01, description="Largest share of the examples that one user may give.")
+    synthetic_share: Fraction = Field(0.2, description="Largest share of examples that no user gave.")
+    most_alike: Fraction = Field(0.9, description="Pairs whose answers are as alike as this are dropped.")
+    near_duplicate: Fraction = Field(0.8, description="Examples as alike as this are one.")
+    clip: float = Field(5.0, ge=1, description="Largest weight against uneven chances to be heard.")
+    answer_chars: tuple[int, int] = Field((1, 20_000), description="Shortest and longest answer, in characters.")
+    prompt_chars: int = Field(50_000, gt=0, description="Longest prompt, in characters.")
+    votes_per_minute: float = Field(20.0, gt=0, description="A user who gives more feedback than this is a machine.")
+    pairs_per_prompt: int = Field(4, ge=1, description="Pairs made from votes on one prompt, at most.")
+    goldens: tuple[Path, ...] = Field(
+        (), description="Files (JSON lines or YAML) or folders of prompts that are for evaluation: never learned from."
+    )
+    format: Literal["jsonl", "parquet"] = Field("jsonl", description="Of the shards.")
+    shard: int = Field(10_000, gt=0, description="Examples of a shard, at most.")
+
+
+class Runner(Written):
+    """Where training runs."""
+
+    kind: Literal["local", "kubernetes", "skypilot"] = Field("local", description="This machine, a Job, or SkyPilot.")
+    python: Path | None = Field(None, description="Python of another virtual environment; null for this one's.")
+    image: Text | None = Field(None, description="Container image with Understudy's learner extra (kubernetes).")
+    namespace: Text = Field("default", description="Of the Job (kubernetes).")
+    volume: Text | None = Field(None, description="Volume claim that holds the learner's folder (kubernetes).")
+    gpus: int = Field(0, ge=0, description="GPUs of the Job (kubernetes).")
+    accelerators: Text | None = Field(None, description='Such as "H100:1" (skypilot).')
+    cloud: Text | None = Field(None, description="Where (skypilot); null for the cheapest.")
+
+    @model_validator(mode="after")
+    def _a_job_has_an_image_and_a_volume(self) -> Runner:
+        for key in ("image", "volume"):
+            if self.kind == "kubernetes" and getattr(self, key) is None:
+                raise fault("is needed where kind is kubernetes", key)
+        return self
+
+
+class Learner(Written):
+    """How challengers are trained."""
+
+    base: Text = Field(description="The model that adapters are trained on: a folder or a hub name.")
+    folder: Path = Field(Path("understudy-learner"), description="Where datasets, runs and versions are kept.")
+    served_folder: Path | None = Field(
+        None, description="The same folder as the vLLM replicas see it; null where they see it under the same path."
+    )
+    min_pairs: int = Field(500, ge=1, description="New accepted pairs that start a training.")
+    negative_rate: Fraction = Field(0.2, description="Share of bad sessions in 7 days that starts a training, too.")
+    every: PositiveDuration = Field(7 * 86400.0, description="Longest time between trainings.")
+    min_interval: Duration = Field(86400.0, description="Shortest time between trainings.")
+    dataset: DatasetPolicy = Field(
+        default_factory=lambda: DatasetPolicy(replay=0.3), description="Which feedback is learned from."
+    )
+    method: Literal["auto", "dpo", "kto"] = Field(
+        "auto", description="auto: DPO on pairs and corrections, or KTO where there are far fewer pairs than votes."
+    )
+    loss: Loss = Field("sigmoid+sft", description="Of DPO; robust or conservative where labels are often wrong.")
+    train: FrozenMap[str, Any] = Field(
+        default={}, description="Overrides of the recipe, such as {learning_rate: 1e-5}."
+    )
+    start: Literal["base", "champion"] = Field("base", description="A fresh adapter each round, or the champion's.")
+    seed: int = Field(0, description="Of the training.")
+    max_loras: int = Field(3, ge=2, description="As vLLM was started with: adapters that are served at once.")
+    max_lora_rank: int = Field(16, ge=1, description="As vLLM was started with.")
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = Field((), description="Where runs are logged besides.")
+    runner: Runner = Field(default_factory=Runner, description="Where training runs.")
+    gate: FrozenMap[str, Any] = Field(default={}, description="What a challenger must pass before any user meets it.")

@@ -1,0 +1,109 @@
+"""What stands between an event loop and the journal's disk: one thread that writes what was put, in batches.
+
+It takes what was put since its last commit and writes it in one transaction, so that a request never waits for a disk
+and a thousand facts cost one sync. While the disk fails or another program locks the file, facts wait in memory (at
+most `limit`; then interactions are dropped and counted, and durable puts are refused).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from telemetry.errors import StateError, StateUnavailable
+from telemetry.events import Fact
+from telemetry.journal import Journal
+
+
+class JournalWriter:
+    """A thread that writes what is put, in batches. `put` never blocks; `put_durably` resolves once on disk."""
+
+    LINGER = 0.05
+    """Seconds a batch of interactions may wait for company; durable puts do not wait."""
+    BATCH = 2000
+    PATIENCE = 5.0
+    """Seconds that a durable put may take."""
+
+    def __init__(self, path: Path, *, limit: int = 100_000, report: Callable[[str], None] = lambda _: None) -> None:
+        self.dropped = 0
+        self.failing: str | None = None
+        """Why the last write failed; None while writes succeed."""
+        self._journal = Journal(path)
+        self._limit = limit
+        self._report = report
+        self._queue: deque[tuple[Sequence[Fact], Future[None] | None]] = deque()
+        self._wake = threading.Event()
+        self._hurry = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def put(self, fact: Fact) -> None:
+        if len(self._queue) >= self._limit:
+            self.dropped += 1
+            return
+        self._queue.append(((fact,), None))
+        self._wake.set()
+
+    async def put_durably(self, facts: Sequence[Fact], timeout: float | None = None) -> None:
+        """Return when `facts` are on disk; StateUnavailable after `timeout` (or `PATIENCE`) seconds without that."""
+        if len(self._queue) >= self._limit:
+            raise StateUnavailable(f"the journal's queue is full: {self.failing or 'the disk is too slow'}")
+        done: Future[None] = Future()
+        self._queue.append((facts, done))
+        self._hurry.set()
+        self._wake.set()
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(done), self.PATIENCE if timeout is None else timeout)
+        except TimeoutError:
+            raise StateUnavailable(f"the journal cannot be written: {self.failing or 'too slow'}") from None
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Write all that is queued, then stop."""
+        self._closing = True
+        self._hurry.set()
+        self._wake.set()
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self._journal.close()
+
+    def _run(self) -> None:
+        while not (self._closing and not self._queue):
+            self._wake.wait()
+            if not self._closing:
+                self._hurry.wait(self.LINGER)
+            self._hurry.clear()
+            self._wake.clear()
+            self._drain()
+
+    def _drain(self) -> None:
+        while self._queue:
+            batch = [self._queue.popleft() for _ in range(min(self.BATCH, len(self._queue)))]
+            # A caller who stopped waiting was told 503 and will send again; what it sent is not kept twice.
+            batch = [(facts, done) for facts, done in batch if done is None or not done.cancelled()]
+            facts = [fact for facts, _ in batch for fact in facts]
+            try:
+                self._journal.append(facts)
+            except StateError as error:
+                self._queue.extendleft(reversed(batch))
+                if self.failing is None:
+                    self._report(f"journal: {error}; {len(self._queue)} facts wait in memory")
+                self.failing = str(error)
+                if self._closing:
+                    self._report(f"journal: closed with {len(self._queue)} facts unwritten")
+                    self._queue.clear()
+                    return
+                time.sleep(0.2)
+                continue
+            self.failing = None
+            for _, done in batch:
+                if done is not None and done.set_running_or_notify_cancel():
+                    done.set_result(None)
