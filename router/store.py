@@ -1,8 +1,9 @@
 """Where the router's state is kept: one interface, two implementations (`store_sqlite`, `store_redis`).
 
-Everything here can be recomputed from the journal; the store is its cache. All methods are synchronous, raise
-`StateError`s, and may be called from several threads. Writes of the controller carry the token of its lease and
-raise `Fenced` once a newer one has written, so that two controllers never both write.
+What the controller writes can be recomputed from the journal; for it the store is a cache. Documents cannot: they are
+kept only here (`Documents`). All methods are synchronous, raise `StateError`s, and may be called from several threads.
+Writes of the controller carry the token of its lease and raise `Fenced` once a newer one has written, so that two
+controllers never both write.
 """
 
 from __future__ import annotations
@@ -55,7 +56,27 @@ Assignment = tuple[str, str, Choice]
 """Route, session, and the arm it drew."""
 
 
-class Store(Protocol):
+class Documents(Protocol):
+    """Small documents by name, changed by compare-and-set; no lease fences them.
+
+    The registry of versions and the learner's own state. The journal does not hold them, so an emptied store loses
+    them; each version's folder has its card, from which the registry is made anew (`learner.registry`). Redis keeps
+    them over its own restart only with `appendonly yes`.
+    """
+
+    def read(self, name: str) -> bytes | None: ...
+
+    def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
+        """Put `new` where `old` stands, in one step; None is no document. False if something else stands there.
+
+        Done at most once, on disk when it returns (SQLite). After a `StateError` read what stands: it may be either.
+        """
+
+    def names(self, prefix: str) -> list[str]:
+        """The names of all documents that begin so, sorted."""
+
+
+class Store(Documents, Protocol):
     """State of all routes."""
 
     def close(self) -> None: ...

@@ -82,6 +82,14 @@ return 1
 
 _SET = _FENCE + "redis.call('SET', KEYS[2], ARGV[2]) return 1"
 
+_SWAP = """
+-- KEYS: documents hash. ARGV: name, whether there is an old one, it, whether there is a new one, it.
+local found = redis.call('HGET', KEYS[1], ARGV[1])
+if (found and '1' or '0') ~= ARGV[2] or (found and found ~= ARGV[3]) then return 0 end
+if ARGV[4] == '1' then redis.call('HSET', KEYS[1], ARGV[1], ARGV[5]) else redis.call('HDEL', KEYS[1], ARGV[1]) end
+return 1
+"""
+
 _choice = msgspec.json.Decoder(Choice)
 _snapshot = msgspec.json.Decoder(Snapshot)
 _key = msgspec.json.Decoder(ApiKey)
@@ -103,6 +111,7 @@ class RedisStore:
         self._clear = self._redis.register_script(_CLEAR)
         self._set = self._redis.register_script(_SET)
         self._mark = self._redis.register_script(_MARK)
+        self._swap = self._redis.register_script(_SWAP)
 
     def close(self) -> None:
         self._redis.close()
@@ -218,6 +227,22 @@ class RedisStore:
     def drop_secret(self, name: str) -> None:
         with self._translated():
             self._redis.hdel("understudy:secrets", name)
+
+    def read(self, name: str) -> bytes | None:
+        with self._translated():
+            body = self._redis.hget("understudy:documents", name)
+        return bytes(body) if body is not None else None
+
+    def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
+        # Redis.from_url tries nothing twice: a swap that came through, but whose answer was lost, would be denied.
+        args: list[str | int | bytes] = [name, int(old is not None), old or b"", int(new is not None), new or b""]
+        with self._translated():
+            return bool(self._swap(keys=["understudy:documents"], args=args))
+
+    def names(self, prefix: str) -> list[str]:
+        with self._translated():
+            found = [name.decode() for name in self._redis.hkeys("understudy:documents")]
+        return sorted(name for name in found if name.startswith(prefix))
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -45,6 +45,7 @@ MIGRATIONS = [
     DROP TABLE old_sums;
     CREATE TABLE kept (name TEXT PRIMARY KEY, body BLOB NOT NULL)
     """,
+    "CREATE TABLE documents (name TEXT PRIMARY KEY, body BLOB NOT NULL)",
 ]
 
 _choice = msgspec.json.Decoder(Choice)
@@ -202,6 +203,31 @@ class SqliteStore:
     def drop_secret(self, name: str) -> None:
         with self._writing():
             self._db.execute("DELETE FROM secrets WHERE name = ?", (name,))
+
+    def read(self, name: str) -> bytes | None:
+        row = self._one("SELECT body FROM documents WHERE name = ?", name)
+        return bytes(row[0]) if row else None
+
+    def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
+        with self._lock, translated(self.path):
+            self._db.execute("PRAGMA synchronous = FULL")  # no journal has it too
+            try:
+                with transaction(self._db):
+                    row = self._db.execute("SELECT body FROM documents WHERE name = ?", (name,)).fetchone()
+                    if (bytes(row[0]) if row else None) != old:
+                        return False
+                    if new is None:
+                        self._db.execute("DELETE FROM documents WHERE name = ?", (name,))
+                    else:
+                        self._db.execute("INSERT OR REPLACE INTO documents VALUES (?, ?)", (name, new))
+                    return True
+            finally:
+                self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def names(self, prefix: str) -> list[str]:
+        with self._lock, translated(self.path):
+            statement = "SELECT name FROM documents WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name"
+            return [name for (name,) in self._db.execute(statement, (prefix,))]
 
     def _one(self, statement: str, *values: object) -> tuple[Any, ...] | None:
         with self._lock, translated(self.path):

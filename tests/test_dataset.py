@@ -21,22 +21,8 @@ from telemetry.journal import Journal
 from tests.conversations import START, asked, compared, journal, said
 
 DAY = 86400.0
-WORDS = [
-    "river",
-    "stone",
-    "garden",
-    "window",
-    "lantern",
-    "copper",
-    "valley",
-    "thunder",
-    "meadow",
-    "silver",
-    "harbour",
-    "anchor",
-    "basil",
-    "pepper",
-]
+WORDS = ["river", "stone", "garden", "window", "lantern", "copper", "valley"]
+WORDS += ["thunder", "meadow", "silver", "harbour", "anchor", "basil", "pepper"]
 
 
 def chat(n: int, user: str, **more: object) -> list[Fact]:

@@ -309,6 +309,51 @@ def test_a_secret_is_made_once_though_many_ask(opened: Open) -> None:
     assert stores[1].secrets() == {"other": b"x"}
 
 
+def test_a_document_is_swapped_only_where_the_old_one_stands(opened: Open) -> None:
+    one, two = opened(), opened()
+    assert one.read("a") is None
+    assert not one.swap("a", b"x", b"y"), "there is none yet"
+    assert one.swap("a", None, b"\x00\xff")
+    assert not two.swap("a", None, b"y")
+    assert not two.swap("a", b"", b"y")
+    assert two.swap("a", b"\x00\xff", b""), "an empty document is one"
+    assert one.read("a") == b""
+    assert not one.swap("a", None, b"z")
+    assert not one.swap("a", b"\x00\xff", None)
+    assert one.swap("a", b"", None)
+    assert two.read("a") is None
+    assert two.swap("a", None, None)
+    assert two.names("") == []
+
+
+def test_documents_are_listed_by_the_beginning_of_their_names(store: Store) -> None:
+    for name in ("v/b/1", "v/a%/2", "v/a/10", "v/a/9", "w", "v/aé"):
+        assert store.swap(name, None, b"x")
+    assert store.names("v/a/") == ["v/a/10", "v/a/9"]
+    assert store.names("v/a%") == ["v/a%/2"]
+    assert store.names("v/a_") == []
+    assert store.names("") == sorted(["v/b/1", "v/a%/2", "v/a/10", "v/a/9", "w", "v/aé"])
+
+
+def test_of_many_that_swap_at_once_one_does(opened: Open) -> None:
+    stores = [opened() for _ in range(6)]
+    for round_ in range(10):
+        before = stores[0].read("a")
+        with ThreadPoolExecutor(6) as crew:
+            done = list(crew.map(lambda n: stores[n].swap("a", before, b"%d-%d" % (round_, n)), range(6)))  # noqa: B023
+        assert sum(done) == 1
+        assert stores[0].read("a") == b"%d-%d" % (round_, done.index(True))
+
+
+def test_documents_need_no_lease_and_outlive_a_cleared_route(opened: Open) -> None:
+    old = opened()
+    token(old)
+    token(opened(), "two", NOW + 9)
+    assert old.swap("a", None, b"x")
+    old.clear("r", 10**15)
+    assert old.read("a") == b"x"
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -359,6 +404,9 @@ def test_redis_away_is_said_by_every_call_and_it_works_again_when_back() -> None
             lambda: store.secret("signing", b"x"),
             store.secrets,
             lambda: store.drop_secret("signing"),
+            lambda: store.read("a"),
+            lambda: store.swap("a", None, b"x"),
+            lambda: store.names(""),
         ]
         for call in calls:
             began = time.monotonic()
@@ -367,6 +415,7 @@ def test_redis_away_is_said_by_every_call_and_it_works_again_when_back() -> None
             assert time.monotonic() - began < 3.0
         server.start()
         assert store.apply("r", [Change("s", 1, part("a", 1.0))], token(store)), "scripts are loaded anew"
+        assert store.swap("a", None, b"x")
         store.close()
 
 
@@ -388,6 +437,11 @@ def test_a_locked_file_is_said(tmp_path: Path) -> None:
     other.execute("ROLLBACK")
     store.assign([("r", "s", Choice("a", 1.0))], 60.0, NOW)
     assert store.recall("r", "s", NOW) is not None
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StateLocked):
+        store.swap("a", None, b"x")
+    other.execute("ROLLBACK")
+    assert store.swap("a", None, b"x")
     other.close()
     store.close()
 
