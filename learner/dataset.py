@@ -36,6 +36,7 @@ KINDS_LEARNED = frozenset([*VERDICTS, "thumb", "rating", "comparison", "correcti
 AT_ONCE = 200
 """Sessions that are read at once."""
 FEWEST_USERS = 2
+WEEK = 7 * 86400.0
 
 
 class Source(NamedTuple):
@@ -84,13 +85,34 @@ def build(source: Source, policy: DatasetPolicy, folder: Path) -> Built:
     return _written(folder, source.route, manifest, policy, examples, curated, found)
 
 
-def count_new(source: Source, policy: DatasetPolicy, since: float) -> int:
-    """Pairs that the policy would accept now and whose newest fact came after `since`, Unix seconds."""
+class Look(NamedTuple):
+    """What a dataset would be made of now."""
+
+    pairs: int
+    """That the policy would accept."""
+    new_pairs: int
+    """Of these, whose newest fact is new."""
+    judged: int
+    """Answers that were voted on in the last week."""
+    negative: int
+    """Of these, against."""
+
+
+def look(source: Source, policy: DatasetPolicy, since: float) -> Look:
+    """What there is to learn from, without building it. `since`: what came later is new, Unix seconds."""
     until, last = source.journal.newest(), source.journal.last()
     people, sessions = _read(source, policy, until, last)
     found = _harvested(source, policy, until, last, sessions)
     examples = curate(found.votes, people, policy, goldens.load(policy.goldens), until).examples
-    return sum(one.kind == "pair" and one.at > since for one in examples)
+    pairs = [one for one in examples if one.kind == "pair"]
+    lately = [vote.example for vote in found.votes if vote.example.at >= until - WEEK]
+    judged = {one.id: _is_against(one) for one in lately if one.kind != "correction" and one.reason != "comparison"}
+    return Look(len(pairs), sum(one.at > since for one in pairs), len(judged), sum(judged.values()))
+
+
+def _is_against(example: Example) -> bool:
+    """Whether the answer that was judged is held for bad: single votes say, and what had to be put right was."""
+    return example.kind == "pair" or example.rejected is not None
 
 
 def _start(source: Source, policy: DatasetPolicy, until: float) -> float:

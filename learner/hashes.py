@@ -34,6 +34,21 @@ def folder_hash(folder: Path) -> str:
     return _of(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
 
 
+def located(base: str) -> Path:
+    """The folder of a base model: itself, or where the hub's client keeps it (downloaded if need be).
+
+    Raises FileNotFoundError where it is neither a folder nor to be had from the hub.
+    """
+    if Path(base).is_dir():
+        return Path(base)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(base))
+    except Exception as error:  # the hub's client has many, of several libraries
+        raise FileNotFoundError(f"base {base!r} is no folder here, and the hub does not give it: {error}") from error
+
+
 def base_hash(folder: Path) -> str:
     """SHA-256 over a base model's weights and config. Raises FileNotFoundError where there are none."""
     files = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)})

@@ -67,6 +67,13 @@ class Runner(Written):
         return self
 
 
+class Phase(Written):
+    """How often to train from some number of pairs on."""
+
+    pairs: int = Field(ge=1, description="Accepted pairs in the window from which on this holds.")
+    every: PositiveDuration = Field(description="Longest time between trainings.")
+
+
 class Learner(Written):
     """How challengers are trained."""
 
@@ -78,6 +85,7 @@ class Learner(Written):
     min_pairs: int = Field(500, ge=1, description="New accepted pairs that start a training.")
     negative_rate: Fraction = Field(0.2, description="Share of bad sessions in 7 days that starts a training, too.")
     every: PositiveDuration = Field(7 * 86400.0, description="Longest time between trainings.")
+    phases: tuple[Phase, ...] = Field((), description="Another longest time once there are more pairs.")
     min_interval: Duration = Field(86400.0, description="Shortest time between trainings.")
     dataset: DatasetPolicy = Field(
         default_factory=lambda: DatasetPolicy(replay=0.3), description="Which feedback is learned from."
@@ -91,6 +99,7 @@ class Learner(Written):
     )
     start: Literal["base", "champion"] = Field("base", description="A fresh adapter each round, or the champion's.")
     seed: int = Field(0, description="Of the training.")
+    threads: int = Field(2, ge=1, description="CPU threads of the training; with another number the last bits differ.")
     max_loras: int = Field(3, ge=2, description="As vLLM was started with: adapters that are served at once.")
     max_lora_rank: int = Field(16, ge=1, description="As vLLM was started with.")
     trackers: tuple[Literal["mlflow", "wandb"], ...] = Field((), description="Where runs are logged besides.")

@@ -46,15 +46,16 @@ def write(folder: Path, examples: Iterable[Example], format: str, size: int) -> 
         for number, start in enumerate(range(0, len(own), size)):
             lines = [encode(one) for one in own[start : start + size]]
             name = f"{split}-{kind}-{number:05}.{format}"
-            (_write_lines if format == "jsonl" else _write_parquet)(folder / name, lines)
-            shards.append(Shard(name, len(lines), _digest(lines)))
+            write_shard(folder / name, lines, f".{format}")
+            shards.append(Shard(name, len(lines), digest(lines)))
     return shards
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Last of all: a folder with a manifest is whole."""
     body = json.dumps(manifest, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
-    _durably(folder / MANIFEST, body.encode())
+    _durably(folder / f".{MANIFEST}", body.encode())
+    os.replace(folder / f".{MANIFEST}", folder / MANIFEST)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -71,24 +72,39 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_hash(folder: Path) -> str:
-    """The name of a dataset by content: SHA-256 of its manifest."""
+    """SHA-256 of a dataset's manifest, and so of all its content."""
     return file_hash(folder / MANIFEST)
+
+
+def dataset_name(folder: Path) -> str:
+    """What versions know a dataset by: the hash of its manifest, as it was before anything was erased."""
+    erased = manifest(folder).get("erased")
+    return str(erased["from"]) if erased else manifest_hash(folder)
 
 
 def read(folder: Path) -> Iterator[Example]:
     """All examples in their order. Raises `BadDataset` where a shard is not what the manifest says."""
     for shard in manifest(folder)["shards"]:
         path = folder / shard["name"]
-        try:
-            lines = path.read_bytes().splitlines() if path.suffix == ".jsonl" else _read_parquet(path)
-        except OSError as error:
-            raise BadDataset(f"{path} cannot be read ({error.strerror}); build the dataset anew") from None
-        if _digest(lines) != shard["sha256"]:
+        lines = lines_of(path)
+        if digest(lines) != shard["sha256"]:
             raise BadDataset(f"{path} was changed since the dataset was built; build it anew")
         yield from map(decode, lines)
 
 
-def _digest(lines: Sequence[bytes]) -> str:
+def lines_of(path: Path) -> list[bytes]:
+    """The lines of a shard, whatever the manifest says of them. Raises `BadDataset`."""
+    try:
+        return path.read_bytes().splitlines() if path.suffix == ".jsonl" else _read_parquet(path)
+    except OSError as error:
+        raise BadDataset(f"{path} cannot be read ({error.strerror}); build the dataset anew") from None
+
+
+def write_shard(path: Path, lines: Sequence[bytes], suffix: str) -> None:
+    (_write_lines if suffix == ".jsonl" else _write_parquet)(path, lines)
+
+
+def digest(lines: Sequence[bytes]) -> str:
     hashed = hashlib.sha256()
     for line in lines:
         hashed.update(line + b"\n")

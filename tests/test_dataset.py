@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from learner import shards
-from learner.dataset import NothingToLearn, Source, build, count_new, explain
+from learner.dataset import NothingToLearn, Source, build, explain, look
 from learner.plan import DatasetPolicy
 from telemetry.errors import UnderstudyError
 from telemetry.events import Fact, Interaction
@@ -204,11 +204,11 @@ def test_an_example_is_explained_back_to_its_facts(tmp_path: Path) -> None:
         explain(built.folder, "zzz", own.journal)
 
 
-def test_new_pairs_are_counted_as_the_policy_would_accept_them(tmp_path: Path) -> None:
+def test_a_look_counts_the_pairs_that_would_be_accepted_and_what_was_judged(tmp_path: Path) -> None:
     own = source(tmp_path / "j.db", chats(60))
-    assert count_new(own, policy(), 0.0) == 60
-    assert count_new(own, policy(), START + 9.0 * 30 + 11.0) == 29
-    assert count_new(own, policy(answer_chars=[1, 2]), 0.0) == 0
+    assert look(own, policy(), 0.0) == (60, 60, 120, 60)
+    assert look(own, policy(), START + 9.0 * 30 + 11.0).new_pairs == 29
+    assert look(own, policy(answer_chars=[1, 2]), 0.0).pairs == 0
 
 
 def test_goldens_do_not_come_through(tmp_path: Path) -> None:

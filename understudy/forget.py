@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gateway.auth import Pseudonyms
+from learner.erase import erase_everywhere
+from learner.examples import Example
+from learner.registry import Registry
 from router.store import Store
 from telemetry.errors import StateError
 from telemetry.events import Fact, Interaction, Signal
@@ -24,15 +29,22 @@ class Forgotten:
     signals: int = 0
     scrubbed: bool = True
     """The overwritten text is gone from the write-ahead log too; otherwise it goes when that is next emptied."""
+    examples: int = 0
+    """Taken out of datasets."""
     versions: tuple[str, ...] = ()
-    """Trained versions that learned from the user's data; none while no version is trained by this installation."""
+    """Trained versions that learned from the user's data: somebody must decide about them."""
 
     def shown(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def forget(journal: Journal, store: Store, tenant: str, user: str) -> Forgotten:
+def forget(
+    journal: Journal, store: Store, tenant: str, user: str, learners: Mapping[str, Path] | None = None
+) -> Forgotten:
     """Erase a user, by the name that the app gives them. May be stopped and begun again at any point.
+
+    `learners`: by route, the folder of its learner, whose datasets lose the user's examples first: they are found by
+    the journal's facts.
 
     Raises `StateError` if the store has no key of pseudonyms, so that nobody's hash can be known.
     """
@@ -41,6 +53,8 @@ def forget(journal: Journal, store: Store, tenant: str, user: str) -> Forgotten:
         raise StateError("the store has no key of pseudonyms, so no user can be found by name; has it been emptied?")
     name, nobody = Pseudonyms(key).of(tenant, user), secrets.token_hex(12)
     found, after = Forgotten(), 0
+    if learners:
+        _forget_examples(journal, store, tenant, name, learners, found)
     while facts := journal.naming(name, after, BATCH):
         after = facts[-1][0]
         own = [(seq, fact) for seq, fact in facts if fact.tenant == tenant and _is_of(fact, name)]
@@ -52,6 +66,24 @@ def forget(journal: Journal, store: Store, tenant: str, user: str) -> Forgotten:
         found.signals += len(about)
     found.scrubbed = journal.scrub()
     return found
+
+
+def _forget_examples(
+    journal: Journal, store: Store, tenant: str, name: str, learners: Mapping[str, Path], found: Forgotten
+) -> None:
+    events: set[str] = set()
+    after = 0
+    while facts := journal.naming(name, after, BATCH):
+        after = facts[-1][0]
+        events |= {fact.event_id for _, fact in facts if fact.tenant == tenant and _is_of(fact, name)}
+
+    def gone(example: Example) -> bool:
+        return example.tenant == tenant and (example.user == name or not events.isdisjoint(example.events))
+
+    for route, folder in learners.items():
+        count, versions = erase_everywhere(folder, Registry(store), route, gone, "data of a user was erased")
+        found.examples += count
+        found.versions += tuple(versions)
 
 
 def _is_of(fact: Fact, name: str) -> bool:

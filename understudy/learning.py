@@ -7,8 +7,16 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from learner import answers, clusters
+from learner.cycle import Workshop
 from learner.dataset import Source
+from learner.lineage import Archive
 from learner.plan import DatasetPolicy, Learner
+from learner.registry import Registry
+from learner.rounds import owner_name
+from learner.serving import Fleet, Replica
+from router.store import Store
+from telemetry.errors import UnderstudyError
 from telemetry.journal import Journal
 from understudy.config_text import ConfigError, problems_of, read
 from understudy.settings import Settings
@@ -49,3 +57,42 @@ def dataset_policy(settings: Settings, route: str, file: Path | None) -> Dataset
 def datasets_folder(settings: Settings, route: str) -> Path:
     learner = learner_of(settings, route)
     return (learner.folder if learner is not None else Path("understudy-learner")) / "datasets"
+
+
+def folders(settings: Settings) -> dict[str, Path]:
+    """Of each route the folder of its learner, if that has made anything yet."""
+    found = {route: datasets_folder(settings, route).parent for route in settings.routes}
+    return {route: folder for route, folder in found.items() if folder.is_dir()}
+
+
+class NoLearner(UnderstudyError):
+    """The route has no `learner` in the config."""
+
+
+def workshop(settings: Settings, route: str, journal: Journal, store: Store) -> Workshop:
+    """What the route's rounds of learning are made with. Raises NoLearner."""
+    plan = learner_of(settings, route)
+    if plan is None:
+        raise NoLearner(f"route {route} has no learner; write routes.{route}.learner: {{base: ./models/base}}")
+    upstreams = settings.routes[route].upstreams
+    fleet = Fleet(
+        [Replica(upstream.url, upstream.api_key) for upstream in upstreams],
+        plan.max_loras,
+        f"{plan.served_folder}/versions" if plan.served_folder is not None else None,
+    )
+    return Workshop(
+        route=route,
+        plan=plan,
+        source=source(settings, route, journal),
+        documents=store,
+        fleet=fleet,
+        runner=clusters.planned(plan.runner, plan.folder),
+        generate=answers.peft(str(plan.runner.python) if plan.runner.python else None, plan.threads),
+        owner=owner_name(),
+        threads=plan.threads,
+    )
+
+
+def archive(settings: Settings, route: str, journal: Journal, store: Store) -> Archive:
+    """Where the learner's things of a route are found."""
+    return Archive(route, datasets_folder(settings, route).parent, Registry(store), journal)

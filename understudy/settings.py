@@ -407,8 +407,8 @@ def accepted_but_unused(settings: Settings) -> list[str]:
     for name, route in settings.routes.items():
         if sets(route, "rollout"):
             note(f"routes.{name}.rollout", "every arm is in full from the start")
-        if sets(route, "learner"):
-            note(f"routes.{name}.learner", "no challenger is trained")
+        if route.learner is not None and sets(route.learner, "gate"):
+            note(f"routes.{name}.learner.gate", "a challenger is served and not drawn")
     return notes
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from learner.dataset import Built
+from learner.due import Due
 from learner.examples import Example
+from learner.rounds import Round
 from telemetry.events import Interaction
 from understudy.show import console
 
 EXCERPT = 100
+LISTED = 8
 
 
 def built(found: Built) -> None:
@@ -90,3 +96,118 @@ def explained(found: Mapping[str, Any]) -> None:
             console.print(f"  {fact.event_id}  signal {fact.kind} by {fact.subject or 'nobody known'}{why}")
     for missing in found["missing"]:
         console.print(f"  {missing}  [red]is not in the journal any more[/]")
+
+
+STEPS = {
+    "dataset": "building the dataset",
+    "train": "training",
+    "register": "registering",
+    "serve": "loading it on the replicas, and comparing what they say with PEFT",
+}
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """Told the steps of a round and the trainer's events, shows them; one bar for the training."""
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+        task = None
+
+        def say(step: str, event: dict[str, Any]) -> None:
+            nonlocal task
+            if quiet:
+                return
+            if not event:
+                console.print(f"· {STEPS.get(step, step)}")
+            elif step == "train" and event.get("of"):
+                task = bar.add_task("training", total=event["of"]) if task is None else task
+                bar.update(task, completed=event.get("step", 0), description=escape(_live(event)))
+            elif step == "serve":
+                console.print(
+                    f"  {event['replica']} says {event['agreement']:.1%} of {event['tokens']} tokens as PEFT does"
+                )
+            elif note := event.get("note"):
+                console.print(f"  [yellow]{escape(str(note))}[/]")
+
+        yield say
+
+
+def _live(event: Mapping[str, Any]) -> str:
+    numbers = [
+        f"{name} {event[key]:.3g}"
+        for key, name in (
+            ("loss", "loss"),
+            ("margin", "margin"),
+            ("accuracy", "accuracy"),
+            ("logps_chosen", "log p(chosen)"),
+            ("tokens_per_s", "tokens/s"),
+        )
+        if isinstance(event.get(key), int | float)
+    ]
+    return " ".join(["training", *numbers])
+
+
+def sentence(found: Round | Due) -> str:
+    if isinstance(found, Round):
+        what = {
+            "done": f"{found.version} is served, and not drawn yet",
+            "dropped": f"{found.version or 'the round'} was dropped: {found.why}",
+            "failed": f"round {found.number} failed: {found.why}",
+        }
+        return what.get(found.step, f"round {found.number} is at step {found.step}")
+    return f"nothing is due: {found.waiting}"
+
+
+def learned(found: Round | Due) -> None:
+    console.print(escape(sentence(found)))
+
+
+def line(text: str) -> None:
+    console.print(f"{time.strftime('%H:%M:%S')} {escape(text)}")
+
+
+def status(found: Mapping[str, Any]) -> None:
+    last = found["round"]
+    if last["number"]:
+        console.print(f"round {last['number']} ({escape(last['reason'])}): {last['step']} {escape(last['why'])}")
+    console.print(escape(f"next: {found['next']}"))
+    if not found["versions"]:
+        console.print("no version is registered yet")
+        return
+    table = Table("version", "part", "held-out accuracy", "trained on", "tags", box=None, padding=(0, 2, 0, 0))
+    for row in found["versions"]:
+        accuracy = row["metrics"].get("held_out_accuracy")
+        shown = "" if accuracy is None else f"{accuracy:.1%}"
+        tags = ", ".join(f"{key}: {value}" for key, value in row["tags"].items())
+        table.add_row(row["name"], ", ".join(row["aliases"]), shown, row["dataset"][:12], escape(tags))
+    console.print(table)
+
+
+def reproduced(found: Mapping[str, Any]) -> None:
+    if found["same"]:
+        console.print(f"{found['version']} came out the same to the bit ({found['adapter_hash'][:12]})")
+    else:
+        console.print(
+            f"[red]{found['version']} came out otherwise[/]: {found['adapter_hash'][:12]}, was {found['was'][:12]}"
+        )
+
+
+def lineage(found: Mapping[str, Any], indent: int = 0) -> None:
+    """Nested facts as an indented list; long lists are cut."""
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            console.print(f"{'  ' * indent}[bold]{escape(str(key))}[/]")
+            lineage(value, indent + 1)
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            console.print(f"{'  ' * indent}[bold]{escape(str(key))}[/] ({len(value)})")
+            for one in value[:LISTED]:
+                flat = "  ".join(f"{k} {v}" for k, v in one.items() if not isinstance(v, list | dict))
+                console.print(f"{'  ' * (indent + 1)}- {escape(flat)}")
+                for name, inner in one.items():
+                    if isinstance(inner, list) and inner:
+                        lineage({name: inner}, indent + 2)
+            if len(value) > LISTED:
+                console.print(f"{'  ' * (indent + 1)}… and {len(value) - LISTED} more")
+        elif value not in (None, "", [], {}):
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            console.print(f"{'  ' * indent}{escape(str(key))}: {escape(str(shown))}")

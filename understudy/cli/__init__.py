@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from telemetry.errors import UnderstudyError
-from understudy.cli import config, datasets, keys, reading, serving, signals
+from understudy.cli import config, datasets, keys, learning, reading, serving, signals
 from understudy.cli.common import Arguments, Parser
 from understudy.settings import ConfigError
 
@@ -28,6 +28,8 @@ ADDED = (
     signals.add_feedback,
     reading.add_ope,
     datasets.add_dataset,
+    learning.add_learn,
+    learning.add_lineage,
     serving.add_replay,
     serving.add_demo,
 )

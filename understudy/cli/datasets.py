@@ -112,7 +112,7 @@ def _export(arguments: Arguments) -> int:
     from learner import export, shards
 
     writers = {
-        "huggingface": export.write_huggingface,
+        "huggingface": export.write_hugging_face,
         "argilla": export.write_argilla,
         "label-studio": export.write_label_studio,
     }

@@ -37,7 +37,7 @@ def _signals(arguments: Arguments) -> int:
 
 
 def add_forget(commands: Commands) -> None:
-    help = "Erase a user's texts and names from the journal. The sums learned stay."
+    help = "Erase a user's texts and names from the journal and from datasets. The sums learned stay."
     forget = command(commands, "forget", _forget, help)
     config_option(forget)
     json_option(forget)
@@ -46,11 +46,12 @@ def add_forget(commands: Commands) -> None:
 
 
 def _forget(arguments: Arguments) -> int:
-    from understudy import show
+    from understudy import learning, show
     from understudy.forget import forget
 
     _, store, journal = opened(arguments)
-    found = forget(journal, store, arguments.tenant, arguments.user).shown()
+    learners = learning.folders(config.load(arguments.config))
+    found = forget(journal, store, arguments.tenant, arguments.user, learners).shown()
     emit(arguments, found, lambda: show.summary(found))
     return 0
 

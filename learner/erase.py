@@ -1,0 +1,66 @@
+"""Text that must go leaves the datasets too: because its user asked, or because it has been kept long enough.
+
+A dataset that lost examples says so in its manifest, and keeps the name that versions know it by. It cannot be trained
+on any more, for it is another one: the versions that it made are named, so that somebody can decide about them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from learner import shards
+from learner.examples import Example, decode
+from learner.lineage import datasets
+from learner.registry import Registry
+
+
+def erase(folder: Path, gone: Callable[[Example], bool]) -> int:
+    """Take the examples that are `gone` out of a dataset; how many. May be stopped anywhere and done again."""
+    manifest = shards.manifest(folder)
+    erased = 0
+    written: list[dict[str, Any]] = []
+    for shard in manifest["shards"]:
+        path = folder / shard["name"]
+        lines = shards.lines_of(path)
+        kept = [line for line in lines if not gone(decode(line))]
+        digest = shards.digest(kept)
+        if len(kept) < len(lines):
+            beside = path.with_name(f".{path.name}")
+            shards.write_shard(beside, kept, path.suffix)
+            os.replace(beside, path)
+        erased += shard["examples"] - len(kept)
+        written.append({"name": shard["name"], "examples": len(kept), "sha256": digest})
+    if written != manifest["shards"]:
+        name = shards.dataset_name(folder)
+        before = manifest.get("erased", {"examples": 0})["examples"]
+        manifest |= {"shards": written, "erased": {"from": name, "examples": before + erased}}
+        for row in manifest["filters"]:
+            row["shown"] = []
+        shards.write_manifest(folder, manifest)
+    return erased
+
+
+def erase_everywhere(
+    learner: Path, registry: Registry, route: str, gone: Callable[[Example], bool], why: str
+) -> tuple[int, list[str]]:
+    """`erase` from all datasets of a learner's folder; how many examples, and the versions that had learned from them.
+
+    Such a version is tagged with the reason.
+    """
+    erased, touched = 0, []
+    for folder in datasets(learner):
+        if any(gone(decode(line)) for shard in shards.manifest(folder)["shards"] for line in _lines(folder, shard)):
+            name = shards.dataset_name(folder)
+            own = [one.name for one in registry.versions(route) if one.dataset == name]
+            for version in own:  # before: what was erased cannot tell any more whom it concerns
+                registry.tag(version, "erased", why)
+            touched += own
+            erased += erase(folder, gone)
+    return erased, touched
+
+
+def _lines(folder: Path, shard: dict[str, Any]) -> list[bytes]:
+    return shards.lines_of(folder / shard["name"])
