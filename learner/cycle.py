@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from learner import dataset, hashes, registry, serving
 from learner.answers import Generate
-from learner.due import Due, Facts, due
+from learner.due import Due, Facts, due, not_yet
 from learner.erase import erase_everywhere
 from learner.lint import lint
 from learner.plan import Learner
@@ -298,18 +298,11 @@ def method_for(paired: int, single: int) -> Method:
 
 def why_now(shop: Workshop, last: Round, now: float, force: bool = False) -> Due:
     """Whether a round should begin, and why; if not, when."""
-    challenger = shop.registry.alias(shop.route, "challenger")
-    seen = dataset.look(shop.source, shop.plan.dataset, last.until)
-    facts = Facts(
-        now=now,
-        last_began=last.began,
-        new_pairs=seen.new_pairs,
-        pairs=seen.pairs,
-        judged=seen.judged,
-        negative=seen.negative,
-        challenger=challenger,
-    )
-    return due(facts, shop.plan, force)
+    known = Facts(now, last.began, shop.registry.alias(shop.route, "challenger"))
+    early = not_yet(known, shop.plan, force)
+    if early is not None:
+        return early
+    return due(known._replace(seen=dataset.look(shop.source, shop.plan.dataset, last.until)), shop.plan, force)
 
 
 def status(shop: Workshop, now: Callable[[], float] = time.time) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from learner import goldens, shards
 from learner.curate import Curated, coverage, curate, shared_out
+from learner.due import Look
 from learner.examples import KINDS, SPLITS, Example
 from learner.goldens import Goldens
 from learner.pairs import VERDICTS, Harvest, Rules, harvest
@@ -83,19 +84,6 @@ def build(source: Source, policy: DatasetPolicy, folder: Path) -> Built:
     examples = weigh(examples, people.requests, policy.clip)
     manifest = _manifest(source, policy, until, last, denied, curated, found, examples)
     return _written(folder, source.route, manifest, policy, examples, curated, found)
-
-
-class Look(NamedTuple):
-    """What a dataset would be made of now."""
-
-    pairs: int
-    """That the policy would accept."""
-    new_pairs: int
-    """Of these, whose newest fact is new."""
-    judged: int
-    """Answers that were voted on in the last week."""
-    negative: int
-    """Of these, against."""
 
 
 def look(source: Source, policy: DatasetPolicy, since: float) -> Look:

@@ -10,21 +10,27 @@ FEWEST_JUDGED = 50
 """Judged answers in a week, below which their share of bad ones says nothing."""
 
 
+class Look(NamedTuple):
+    """What a dataset would be made of now."""
+
+    pairs: int = 0
+    """Accepted pairs in the window."""
+    new_pairs: int = 0
+    """Of these, what is newer than what the last round learned from."""
+    judged: int = 0
+    """Answers that were judged in the last 7 days."""
+    negative: int = 0
+    """Of these, the bad ones."""
+
+
 class Facts(NamedTuple):
     """What decides; times in Unix seconds."""
 
     now: float
     last_began: float
     """The last round's beginning; 0 before the first."""
-    new_pairs: int
-    """Accepted pairs since what the last round learned from."""
-    pairs: int
-    """Accepted pairs in the window."""
-    judged: int
-    """Judged answers in the last 7 days."""
-    negative: int
-    """Of these, the bad ones."""
     challenger: str | None
+    seen: Look = Look()
 
 
 class Due(NamedTuple):
@@ -35,29 +41,37 @@ class Due(NamedTuple):
     new_pairs: int = 0
 
 
-def due(facts: Facts, plan: Learner, force: bool = False) -> Due:
-    """A round is due where one of three reasons holds, the shortest interval is over, and there is no challenger."""
+def not_yet(facts: Facts, plan: Learner, force: bool = False) -> Due | None:
+    """What keeps a round from beginning whatever there is to learn: a challenger, or a round shortly before."""
     if facts.challenger is not None:
         return Due(None, f"{facts.challenger} is the challenger: decide about it first (`understudy learn drop`)")
-    if force:
-        return Due("forced", new_pairs=facts.new_pairs)
-    if facts.last_began and facts.now < facts.last_began + plan.min_interval:
+    if not force and facts.last_began and facts.now < facts.last_began + plan.min_interval:
         hours = (facts.last_began + plan.min_interval - facts.now) / 3600
-        return Due(None, f"the last round began too lately; the next one may in {hours:.1f} h", facts.new_pairs)
-    reason = _reason(facts, plan)
+        return Due(None, f"the last round began too lately; the next one may in {hours:.1f} h")
+    return None
+
+
+def due(facts: Facts, plan: Learner, force: bool = False) -> Due:
+    """A round is due where one of three reasons holds, and nothing keeps it from beginning."""
+    early = not_yet(facts, plan, force)
+    if early is not None:
+        return early
+    seen = facts.seen
+    reason = "forced" if force else _reason(facts, plan)
     if reason is not None:
-        return Due(reason, new_pairs=facts.new_pairs)
-    left = plan.min_pairs - facts.new_pairs
-    return Due(None, f"{left} more new pairs are needed, or {plan.negative_rate:.0%} bad answers", facts.new_pairs)
+        return Due(reason, new_pairs=seen.new_pairs)
+    left = plan.min_pairs - seen.new_pairs
+    return Due(None, f"{left} more new pairs are needed, or {plan.negative_rate:.0%} bad answers", seen.new_pairs)
 
 
 def _reason(facts: Facts, plan: Learner) -> str | None:
-    if facts.new_pairs >= plan.min_pairs:
-        return f"{facts.new_pairs} new pairs"
-    if facts.new_pairs and facts.judged >= FEWEST_JUDGED and facts.negative > plan.negative_rate * facts.judged:
-        return f"{facts.negative / facts.judged:.0%} of {facts.judged} judged answers were bad in 7 days"
-    every = interval(facts.pairs, plan)
-    if facts.last_began and facts.new_pairs and facts.now >= facts.last_began + every:
+    seen = facts.seen
+    if seen.new_pairs >= plan.min_pairs:
+        return f"{seen.new_pairs} new pairs"
+    if seen.new_pairs and seen.judged >= FEWEST_JUDGED and seen.negative > plan.negative_rate * seen.judged:
+        return f"{seen.negative / seen.judged:.0%} of {seen.judged} judged answers were bad in 7 days"
+    every = interval(seen.pairs, plan)
+    if facts.last_began and seen.new_pairs and facts.now >= facts.last_began + every:
         return f"{every / 86400:g} days since the last round"
     return None
 

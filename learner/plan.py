@@ -54,16 +54,19 @@ class Runner(Written):
     python: Path | None = Field(None, description="Python of another virtual environment; null for this one's.")
     image: Text | None = Field(None, description="Container image with Understudy's learner extra (kubernetes).")
     namespace: Text = Field("default", description="Of the Job (kubernetes).")
-    volume: Text | None = Field(None, description="Volume claim that holds the learner's folder (kubernetes).")
+    volume: Text | None = Field(
+        None, description="Volume claim (kubernetes), or bucket or volume (skypilot), that holds the learner's folder."
+    )
     gpus: int = Field(0, ge=0, description="GPUs of the Job (kubernetes).")
     accelerators: Text | None = Field(None, description='Such as "H100:1" (skypilot).')
     cloud: Text | None = Field(None, description="Where (skypilot); null for the cheapest.")
 
     @model_validator(mode="after")
-    def _a_job_has_an_image_and_a_volume(self) -> Runner:
-        for key in ("image", "volume"):
-            if self.kind == "kubernetes" and getattr(self, key) is None:
-                raise fault("is needed where kind is kubernetes", key)
+    def _elsewhere_needs_a_volume_and_a_job_an_image(self) -> Runner:
+        needed = {"local": (), "kubernetes": ("image", "volume"), "skypilot": ("volume",)}[self.kind]
+        for key in needed:
+            if getattr(self, key) is None:
+                raise fault(f"is needed where kind is {self.kind}", key)
         return self
 
 

@@ -23,9 +23,9 @@ BELOW = {
 OURS = {*BELOW, "tests", "bench"}
 ONLY_IN = {
     "opentelemetry": ["telemetry/otel.py", "telemetry/otlp.py"],
-    "torch": ["learner/train.py", "understudy/demo/*"],
+    "torch": ["learner/train.py", "learner/lora.py", "understudy/demo/*"],
     "trl": ["learner/train.py", "understudy/demo/*"],
-    "peft": ["learner/train.py", "understudy/demo/*"],
+    "peft": ["learner/train.py", "learner/lora.py", "understudy/demo/*"],
     "litellm": ["gateway/providers.py", "learner/judge.py"],
     "sklearn": ["router/calibrate.py", "router/segments.py"],
     "scipy": [],

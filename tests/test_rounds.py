@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from learner.due import Due, Facts, due
+from learner.due import Due, Facts, Look, due
 from learner.plan import Learner
 from learner.rounds import LEASE, Busy, is_gone, last_round, owner_name, working
 from router.store_sqlite import SqliteStore
@@ -21,10 +21,10 @@ PLAN = Learner(base="./base", min_pairs=100, every="7d", min_interval="1d")
 
 
 def facts(**more: object) -> Facts:
-    return Facts(**({  # type: ignore[arg-type]
-        "now": 100 * DAY, "last_began": 98 * DAY, "new_pairs": 10, "pairs": 500, "judged": 200, "negative": 10,
-        "challenger": None,
-    } | more))  # fmt: skip
+    seen = {"new_pairs": 10, "pairs": 500, "judged": 200, "negative": 10}
+    rest = {"now": 100 * DAY, "last_began": 98 * DAY, "challenger": None}
+    look = Look(**seen | {key: value for key, value in more.items() if key in seen})  # type: ignore[arg-type]
+    return Facts(**rest | {key: value for key, value in more.items() if key in rest}, seen=look)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

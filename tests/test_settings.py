@@ -677,7 +677,7 @@ def test_the_sample_names_what_this_version_leaves_undone(settle: Any) -> None:
     assert [note.split(" is accepted, but this version does not act on it yet: ")[0] for note in notes] == [
         "admin",
         "routes.assistant.rollout",
-        "routes.assistant.learner",
+        "routes.assistant.learner.gate",
     ]
     archived = settle(f"{ROUTE}archive: s3://bucket/x\n")
     assert [note.split()[0] for note in accepted_but_unused(archived)] == ["archive"]

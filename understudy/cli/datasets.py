@@ -109,15 +109,11 @@ def plain(example: Any) -> Any:
 
 
 def _export(arguments: Arguments) -> int:
-    from learner import export, shards
+    from learner import shards
+    from learner.export import FORMATS
 
-    writers = {
-        "huggingface": export.write_hugging_face,
-        "argilla": export.write_argilla,
-        "label-studio": export.write_label_studio,
-    }
     examples = list(shards.read(arguments.folder))
-    writers[arguments.to](examples, arguments.out, with_users=arguments.users)
-    data = {"folder": str(arguments.out), "examples": len(examples), "format": arguments.to}
-    emit(arguments, data, lambda: print(f"{len(examples)} examples for {arguments.to} in {arguments.out}"))
+    written = dict(FORMATS[arguments.to](examples, arguments.out, with_users=arguments.users))
+    data = {"folder": str(arguments.out), "format": arguments.to, "examples": len(examples), "written": written}
+    emit(arguments, data, lambda: print(f"{written} of {len(examples)} examples for {arguments.to} in {arguments.out}"))
     return 0

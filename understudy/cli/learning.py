@@ -28,7 +28,7 @@ def add_learn(commands: Commands) -> None:
     help = "Train challengers whenever they are due, and keep versions loaded on replicas that restart."
     watch = verbs.add_parser("watch", help=help, description=help)
     watch.set_defaults(run=_watch)
-    watch.add_argument("--look", type=span, default="60s", metavar="SPAN", help="how often to look (default: 60s)")
+    watch.add_argument("--look", type=span, default="10m", metavar="SPAN", help="how often to look (default: 10m)")
 
     help = "The round under way or the last one, the versions and their parts, and what they were measured to be."
     status = verbs.add_parser("status", help=help, description=help)
