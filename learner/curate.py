@@ -6,7 +6,7 @@ Reads top to bottom as `curate`. Each filter counts what it dropped and keeps a 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -14,18 +14,21 @@ from typing import Any
 import msgspec
 
 from learner.agree import alpha, majority, pairwise_agreement
-from learner.examples import SPLITS, Example, example_id
+from learner.examples import SPLITS, Example, Split, example_id
 from learner.goldens import Goldens
 from learner.near import Signature, clusters, signature
 from learner.pairs import Vote
-from learner.people import People, agreement_of, who
+from learner.people import People, agreement_of, held_out_people, who
 from learner.plan import DatasetPolicy
 from learner.refusals import refuses
-from telemetry.wording import canonical, grams, likeness
+from telemetry.wording import CAP, canonical, grams, likeness
 
 SHOWN = 3
 """Dropped examples that are kept of each filter."""
 SAID = frozenset(["thumb", "rating", "comparison", "flag", "correction", "edit"])
+INSTRUCTING = ("system", "developer")
+FEW = 2
+"""People whose word an example may depend on; what more say depends on none of them."""
 FAIR = 3
 """Where there are few users, one may give this many times an equal share."""
 
@@ -69,29 +72,40 @@ class Curated:
 def curate(votes: Iterable[Vote], people: People, policy: DatasetPolicy, goldens: Goldens, until: float) -> Curated:
     """The examples that the policy keeps of `votes`, in the order of their ids; weights as people's word counts.
 
-    `until`: the dataset's own present, Unix seconds.
+    Those whose people are held out and the others are made apart, so that no example has both. `until`: the dataset's
+    own present, Unix seconds.
     """
     found = Curated()
     rows = sorted(votes, key=lambda vote: (vote.example.id, vote.example.at, vote.example.events))
     found.votes = len(rows)
+    people.hear((who(vote.example), vote.signal, vote.example.at, vote.verified) for vote in rows)
     rows = found.keep("policy", "of another tenant or task type", rows, lambda vote: _asked_for(vote.example, policy))
     machines = people.machines(policy.votes_per_minute)
     rows = found.keep("machine", "its user is a machine", rows, lambda vote: who(vote.example) not in machines)
     rows = found.keep("golden", "its prompt is for evaluation", rows, lambda vote: not goldens.hold(vote.example))
     rows = found.keep("length", "too short or too long", rows, lambda vote: _fits(vote.example, policy))
-    rows = found.keep(
-        "refusal", "what was preferred refuses", rows, lambda vote: not refuses(vote.example.chosen or "")
-    )
-    rows = found.keep("script", "the answer is in another script", rows, lambda vote: _same_script(vote.example))
     rows = _one_vote_each(found, rows)
     rows = _without_bursts(found, rows, people)
-    examples = _settled(found, rows, people, policy, until)
-    examples = _with_pairs(examples, policy)
+    aside = held_out_people((name for vote in rows for name in _people(vote)), policy.held_out, policy.salt)
+    rows = found.keep(
+        "between", "its people are on both sides of the split", rows, lambda vote: not _mixed(vote, aside)
+    )
+    examples = _settled(found, rows, people, policy, until, aside)
+    examples = found.keep("refusal", "what was preferred refuses", examples, _does_not_refuse)
+    examples = found.keep("script", "what was preferred is in another script", examples, _same_script)
     examples = found.keep("alike", "its two answers are nearly the same", examples, lambda one: _differs(one, policy))
     examples = _one_of_each(found, examples, policy)
     examples = _synthetic(found, examples, policy)
     found.examples = sorted(examples, key=lambda example: example.id)
     return found
+
+
+def _people(vote: Vote) -> tuple[str, ...]:
+    return (who(vote.example), *vote.owners)
+
+
+def _mixed(vote: Vote, aside: Collection[str]) -> bool:
+    return len({name in aside for name in _people(vote)}) > 1
 
 
 def _asked_for(example: Example, policy: DatasetPolicy) -> bool:
@@ -106,25 +120,35 @@ def _fits(example: Example, policy: DatasetPolicy) -> bool:
     return asked <= policy.prompt_chars and all(shortest <= len(text) <= longest for text in example.texts)
 
 
+def _does_not_refuse(example: Example) -> bool:
+    """A refusal may be preferred to what was flagged, and where a user wrote it."""
+    deliberate = example.reason in ("flag", "correction", "edit")
+    return deliberate or not refuses(example.chosen or "")
+
+
 def _same_script(example: Example) -> bool:
-    """What was preferred is written in a script that the prompt has too, or in Latin."""
-    asked = {script for turn in example.messages for script in _scripts(str(turn.get("content", "")))}
-    said = _scripts(example.chosen or "")
-    main = max(said, key=lambda script: said[script], default="LATIN")
-    return main == "LATIN" or main in asked
+    """Not preferred over an answer in the prompt's script, while it is in none of the prompt's itself."""
+    if example.kind != "pair" or example.reason in ("correction", "edit"):
+        return True
+    asked_in = {script for turn in example.messages for script in _scripts(str(turn.get("content", "")))}
+    good, bad = (_main_script(text) for text in example.texts)
+    return good in asked_in or bad not in asked_in
+
+
+def _main_script(text: str) -> str:
+    scripts = _scripts(text)
+    return max(sorted(scripts), key=lambda script: scripts[script], default="LATIN")
 
 
 def _scripts(text: str) -> dict[str, int]:
-    """Letters by script, as far as Unicode's names tell: LATIN, CYRILLIC, CJK, …"""
+    """Letters by script, as far as Unicode's names tell: LATIN, CYRILLIC, CJK, …; what Japanese mixes is one."""
     found: dict[str, int] = {}
     if text.isascii():
         return {"LATIN": 1}
     for letter in text[:500]:
-        if letter.isascii():
-            if letter.isalpha():
-                found["LATIN"] = found.get("LATIN", 0) + 1
-        elif letter.isalpha():
-            script = unicodedata.name(letter, "?").partition(" ")[0]
+        if letter.isalpha():
+            script = "LATIN" if letter.isascii() else unicodedata.name(letter, "?").partition(" ")[0]
+            script = "CJK" if script in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else script
             found[script] = found.get(script, 0) + 1
     return found
 
@@ -168,59 +192,87 @@ def _without_bursts(found: Curated, votes: list[Vote], people: People) -> list[V
     return found.keep("burst", "a crowd of new users came for it", votes, lambda vote: _item(vote.example) not in bad)
 
 
-def _settled(found: Curated, votes: list[Vote], people: People, policy: DatasetPolicy, until: float) -> list[Example]:
-    """One example of each item, as most of the weight has it; weighed by the votes for it."""
-    items = _by_item(votes)
-    said = [[(who(vote.example), _value(vote)) for vote in about] for about in items.values()]
+def _settled(
+    found: Curated, votes: list[Vote], people: People, policy: DatasetPolicy, until: float, aside: Collection[str]
+) -> list[Example]:
+    """One example of each item and side, as most of the weight has it; weighed by the votes for it."""
+    said = [[(who(vote.example), _value(vote)) for vote in about] for about in _by_item(votes).values()]
     agreed = agreement_of(said)
     found.alpha = alpha([value for _, value in item] for item in said)
     found.agreement = pairwise_agreement([value for _, value in item] for item in said)
-    kept, ties, disputed = [], [], []
-    for about in items.values():
+    ties: list[Vote] = []
+    disputed: list[Vote] = []
+    sides: dict[Split, list[Example]] = {"train": [], "held_out": []}
+    judged: set[Hashable] = set()
+    for about in _by_item(votes).values():
         weights = [max(1e-6, vote.strength * people.trust(who(vote.example), until, agreed)) for vote in about]
         value, share = majority(zip(map(_value, about), weights, strict=True))
-        winning = [(vote, weight) for vote, weight in zip(about, weights, strict=True) if _value(vote) == value]
-        if len(about) > 1 and (share < policy.min_agreement or not winning):
+        judged.add(_texts_of(about[0].example))
+        if len(about) > 1 and (share < policy.min_agreement or (value is None and share <= 0.5)):
             disputed.append(about[0])
         elif value is None:
             ties.append(about[0])
         else:
-            kept.append(_merged([vote.example for vote, _ in winning], [weight for _, weight in winning]))
+            for split, own in sides.items():  # all have their say, and each side learns from its own people's votes
+                winning = [
+                    (vote.example, weight)
+                    for vote, weight in zip(about, weights, strict=True)
+                    if _value(vote) == value and (who(vote.example) in aside) == (split == "held_out")
+                ]
+                own += [_merged(winning, split)] if winning else []
     found.drop("disputed", f"less than {policy.min_agreement:g} of the votes on it agree", disputed)
     found.drop("tie", "neither answer is better", ties)
-    return kept
+    return [one for own in sides.values() for one in _with_pairs(own, judged, policy)]
 
 
-def _merged(examples: Sequence[Example], weights: Sequence[float]) -> Example:
-    """Equal examples as one: of the heaviest's user, with all events; two people count as 1.6, three as 2.1."""
-    order = sorted(range(len(examples)), key=lambda n: (-weights[n], examples[n].at, examples[n].events))
-    first = examples[order[0]]
+def _merged(rows: Sequence[tuple[Example, float]], split: Split) -> Example:
+    """Equal examples, (example, weight), as one: of the heaviest's user, with all events; two people count as 1.6."""
+    ordered = sorted(rows, key=lambda row: (-row[1], row[0].at, row[0].events))
     return msgspec.structs.replace(
-        first,
-        weight=sum(weights[n] * 0.6**place for place, n in enumerate(order)),
-        events=tuple(sorted({event for one in examples for event in one.events})),
-        text_from=min(one.text_from for one in examples),
+        ordered[0][0],
+        split=split,
+        weight=sum(weight * 0.6**place for place, (_, weight) in enumerate(ordered)),
+        users=tuple(sorted({user for one, _ in rows for user in one.users})),
+        events=tuple(sorted({event for one, _ in rows for event in one.events})),
+        at=max(one.at for one, _ in rows),
+        text_from=min(one.text_from for one, _ in rows),
     )
 
 
-def _with_pairs(examples: Sequence[Example], policy: DatasetPolicy) -> list[Example]:
-    """Single votes as pairs, where an answer to the same prompt was liked and another one was not."""
+def _texts_of(example: Example) -> Hashable:
+    """The pair of answers that was judged, whoever won."""
+    return example.tenant, msgspec.json.encode(example.messages), frozenset(example.texts)
+
+
+def _with_pairs(examples: Sequence[Example], judged: Collection[Hashable], policy: DatasetPolicy) -> list[Example]:
+    """Single votes as pairs, where an answer to the same prompt was liked and another one was not.
+
+    Not where people compared the two themselves (`judged`), whatever came of it.
+    """
     prompts: dict[Hashable, list[Example]] = {}
     for example in examples:
         if example.kind == "unpaired":
             prompts.setdefault((example.tenant, msgspec.json.encode(example.messages)), []).append(example)
-    known = {_item(example) for example in examples if example.kind == "pair"}
     pairs: list[Example] = []
     spent: set[str] = set()
     for about in prompts.values():
         good = sorted((one for one in about if one.chosen), key=lambda one: (-one.weight, one.id))
         bad = sorted((one for one in about if one.rejected), key=lambda one: (-one.weight, one.id))
-        made = [(_pair(one, other), one.id, other.id) for one, other in product(good, bad)]
-        made = [row for row in made if _item(row[0]) not in known]
-        for pair, one, other in sorted(made, key=lambda row: (-row[0].weight, row[0].id))[: policy.pairs_per_prompt]:
-            pairs.append(pair)
-            spent |= {one, other}
+        made = 0
+        for one, other in _heaviest(good, bad, policy.pairs_per_prompt):
+            pair = _pair(one, other)
+            if made < policy.pairs_per_prompt and _texts_of(pair) not in judged:
+                pairs.append(pair)
+                spent |= {one.id, other.id}
+                made += 1
     return [*(example for example in examples if example.id not in spent), *pairs]
+
+
+def _heaviest(good: Sequence[Example], bad: Sequence[Example], wanted: int) -> list[tuple[Example, Example]]:
+    """Pairs by falling product of weights; both lists fall already, so the heaviest are at their beginnings."""
+    most = 4 * wanted
+    both = [(one, other) for one, other in product(good[:most], bad[:most])]
+    return sorted(both, key=lambda row: (-row[0].weight * row[1].weight, row[0].id, row[1].id))
 
 
 def _pair(good: Example, bad: Example) -> Example:
@@ -234,6 +286,7 @@ def _pair(good: Example, bad: Example) -> Example:
         chosen=chosen,
         rejected=rejected,
         weight=(good.weight * bad.weight) ** 0.5,
+        users=tuple(sorted({*good.users, *bad.users})),
         events=tuple(sorted({*good.events, *bad.events})),
         text_from=min(good.text_from, bad.text_from),
         arms=(*good.arms, *bad.arms),
@@ -246,8 +299,17 @@ def _differs(example: Example, policy: DatasetPolicy) -> bool:
     """Pairs that are nearly the same lower the likelihood of both answers (arXiv 2410.08847)."""
     if example.kind != "pair":
         return True
-    one, other = canonical(example.chosen or ""), canonical(example.rejected or "")
-    return one != other and likeness(grams(one), grams(other)) < policy.most_alike
+    if example.chosen == example.rejected:
+        return False
+    return any(
+        one != other and likeness(grams(one), grams(other)) < policy.most_alike
+        for one, other in zip(_pieces(example.chosen), _pieces(example.rejected), strict=False)
+    )
+
+
+def _pieces(text: str | None) -> list[str]:
+    """A text in canonical form, in pieces as long as texts are compared; twelve at most."""
+    return [canonical((text or "")[at : at + CAP]) for at in range(0, min(len(text or ""), 12 * CAP), CAP)]
 
 
 def _one_of_each(found: Curated, examples: list[Example], policy: DatasetPolicy) -> list[Example]:
@@ -259,7 +321,8 @@ def _one_of_each(found: Curated, examples: list[Example], policy: DatasetPolicy)
     for one in sorted(examples, key=lambda one: (-one.weight, one.id)):
         said = frozenset(answers[text] for text in one.texts)
         told_apart = len(said) == len(one.texts)
-        groups.setdefault((one.kind, prompts[asked(one)], said, told_apart or one.id), []).append(one)
+        told = one.kind, one.split, told_apart or one.id, instructions(one)
+        groups.setdefault((told, prompts[asked(one)], said), []).append(one)
     kept: list[Example] = []
     again: list[Example] = []
     disputed: list[Example] = []
@@ -299,8 +362,13 @@ class Signatures:
 
 def asked(example: Example) -> str:
     """The prompt as one text, without instructions: many conversations share these."""
-    turns = (str(turn.get("content", "")) for turn in example.messages if turn["role"] not in ("system", "developer"))
+    turns = (str(turn.get("content", "")) for turn in example.messages if turn["role"] not in INSTRUCTING)
     return "\n".join(turns)
+
+
+def instructions(example: Example) -> str:
+    """What is not part of the conversation."""
+    return "\n".join(str(turn.get("content", "")) for turn in example.messages if turn["role"] in INSTRUCTING)
 
 
 def _synthetic(found: Curated, examples: list[Example], policy: DatasetPolicy) -> list[Example]:
@@ -322,11 +390,18 @@ def shared_out(found: Curated, examples: Sequence[Example], policy: DatasetPolic
     for split in SPLITS:
         by_user: dict[str, list[Example]] = {}
         for one in sorted(examples, key=lambda one: (-one.weight, one.id)):
-            if one.split == split:
-                by_user.setdefault(who(one), []).append(one)
+            for name in (one.users or (who(one),)) if one.split == split and len(one.users) <= FEW else ():
+                by_user.setdefault(name, []).append(one)
         share = max(policy.user_share, min(1.0, FAIR / max(1, len(by_user))))
-        most = largest(list(map(len, by_user.values())), share)
-        beyond |= {one.id for own in by_user.values() for one in own[most:]}
+        rest = sum(one.split == split for one in examples)
+        most, gone = largest(list(map(len, by_user.values())), share), set[str]()
+        while True:  # an example of two people goes with the one who has too many
+            gone = {one.id for own in by_user.values() for one in own[most:]}
+            fair = max(1, int(share * (rest - len(gone))))
+            if most <= fair:
+                break
+            most = fair
+        beyond |= gone
     meaning = f"beyond a share of {policy.user_share:g} of one user"
     return found.keep("user", meaning, list(examples), lambda one: one.id not in beyond)
 

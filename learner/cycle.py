@@ -69,6 +69,8 @@ class Workshop(NamedTuple):
     generate: Generate
     owner: str
     threads: int = 2
+    gpu: tuple[bool, int | None] = (False, None)
+    """Whether training has one, and its bytes of memory if they are known."""
 
     @property
     def registry(self) -> Registry:
@@ -265,7 +267,10 @@ def plan_run(shop: Workshop, data: Path) -> TrainSpec:
     counts = manifest(data)["examples"]["train"]
     paired, single = counts["pair"] + counts["correction"], counts["unpaired"]
     method = plan.method if plan.method != "auto" else method_for(paired, single)
-    hyper = replace(recipe(parameters_of(base), method=method), loss=plan.loss)
+    try:
+        hyper = replace(recipe(parameters_of(base), *shop.gpu), loss=plan.loss)
+    except ValueError as error:
+        raise Refused(str(error)) from None
     try:
         hyper = msgspec.convert(msgspec.to_builtins(hyper) | dict(plan.train), Hyper)
     except msgspec.ValidationError as error:

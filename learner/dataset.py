@@ -11,11 +11,14 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from learner import goldens, shards
 from learner.curate import Curated, coverage, curate, shared_out
@@ -29,8 +32,8 @@ from learner.shards import BadDataset
 from learner.split import divide
 from learner.weigh import longer, shares, weigh
 from router.reward import Heard
-from telemetry.events import Interaction, Signal, answer_name, names_of
-from telemetry.journal import Journal, came
+from telemetry.events import Interaction, Signal, answer_name, encode, names_of
+from telemetry.journal import Journal, came, meant
 
 FORMAT = 1
 KINDS_LEARNED = frozenset([*VERDICTS, "thumb", "rating", "comparison", "correction", "edit"])
@@ -38,6 +41,8 @@ AT_ONCE = 200
 """Sessions that are read at once."""
 FEWEST_USERS = 2
 WEEK = 7 * 86400.0
+ABANDONED = 3600.0
+"""Seconds after which a build that was not finished never will be."""
 
 
 class Source(NamedTuple):
@@ -62,6 +67,10 @@ class Built:
     unusable: Counter[str] = field(default_factory=Counter)
 
 
+class Erased(BadDataset):
+    """A dataset that had data erased would be filled again."""
+
+
 class NothingToLearn(BadDataset):
     """The journal holds too little for a dataset; says what is missing."""
 
@@ -77,7 +86,7 @@ def build(source: Source, policy: DatasetPolicy, folder: Path) -> Built:
     found = _harvested(source, policy, until, last, sessions)
     curated = curate(found.votes, people, policy, denied, until)
     examples = _replayed(curated, policy, until)
-    divided = divide(examples, policy.held_out, policy.salt)
+    divided = divide(examples, policy.held_out)
     curated.drop("straddling", "its prompt is on the other side of the split", divided.left_out)
     examples = shared_out(curated, divided.examples, policy)
     _check(examples, found, source.route)
@@ -158,11 +167,39 @@ def _with_signals(
     every = [request for requests in by_session.values() for request in requests]
     place = {(one.tenant, name): (one.tenant, one.session) for one in every for name in names_of(one)}
     heard: dict[tuple[str, str], list[Heard]] = {}
-    for row in source.journal.heard_about(every, last):
+    for row in standing(source.journal, every, last):
         for key in _about(row[1], place):
             heard.setdefault(key, []).append(row)
     for key, requests in by_session.items():
         yield requests, heard.get(key, [])
+
+
+def standing(journal: Journal, requests: Sequence[Interaction], last: int) -> list[Heard]:
+    """The signals about requests as they count, in whatever order they were journaled: of each event id the newest.
+
+    `Journal.heard_about` goes by the order of arrival, as rewards must; here the same facts must give the same bytes.
+    """
+    rows = [(seq, signal) for seq, signal in journal.signals_about(requests) if seq <= last]
+    newest = {
+        key: max(journal.event(*key, limit=1000), key=_age) for key in journal.repeated(signal for _, signal in rows)
+    }
+    rows = [row for row in rows if newest.get((row[1].tenant, row[1].event_id), row[1]) == row[1]]
+    traces: dict[tuple[str, str], list[Interaction]] = {}
+    found = []
+    for seq, signal in rows:
+        if signal.response_id is None and signal.trace_id is not None:
+            key = signal.tenant, signal.trace_id
+            if key not in traces:
+                traces[key] = sorted((one for _, one in journal.answers(signal)), key=lambda one: one.event_id)
+            if not traces[key]:
+                continue
+            signal = msgspec.structs.replace(signal, response_id=meant(traces[key], signal.at).request_id)
+        found.append((seq, signal))
+    return found
+
+
+def _age(signal: Signal) -> tuple[float, float, bytes]:
+    return came(signal), signal.at, encode(signal)
 
 
 def _about(signal: Signal, place: dict[tuple[str, str], tuple[str, str]]) -> set[tuple[str, str]]:
@@ -200,7 +237,7 @@ def _check(examples: Sequence[Example], found: Harvest, route: str) -> None:
             f"route {route} has nothing to learn from: {gave}{f' (not usable: {why})' if why else ''}; "
             "`understudy signals` shows what is heard, and dataset.window may be too short"
         )
-    users = {who(one) for one in examples}
+    users = {name for one in examples for name in one.users}
     if len(users) < FEWEST_USERS:
         raise NothingToLearn(
             f"route {route} has feedback of one user only, whose taste is not everybody's; wait for a second one"
@@ -261,6 +298,7 @@ def _written(
     found: Harvest,
 ) -> Built:
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
     try:
         written = shards.write(work, examples, policy.format, policy.shard)
@@ -269,14 +307,42 @@ def _written(
         name = shards.manifest_hash(work)
         home = folder / f"{route.replace('/', '_')}-{name[:12]}"
         work.chmod(0o755)
-        try:
-            os.rename(work, home)
-        except OSError:
-            if not (home / shards.MANIFEST).is_file():
-                raise
+        _put(work, home, name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Built(home, manifest, name, curated, found.unusable)
+
+
+def _put(work: Path, home: Path, name: str) -> None:
+    """Rename into place; a whole dataset that is there stays, a damaged one goes aside."""
+    if home.exists() and not _is_whole(home, name):
+        os.rename(home, home.with_name(f".damaged-{home.name}-{os.getpid()}"))
+    try:
+        os.rename(work, home)
+    except OSError:
+        if not _is_whole(home, name):
+            raise
+
+
+def _is_whole(home: Path, name: str) -> bool:
+    """Raises BadDataset for one that had data erased: it must not come back by being built again."""
+    try:
+        if shards.dataset_name(home) != name:
+            return False
+        if shards.manifest_hash(home) != name:
+            raise Erased(f"{home} had data erased that the journal still has; delete the folder to build it again")
+        return all(True for _ in shards.read(home))
+    except Erased:
+        raise
+    except BadDataset:
+        return False
+
+
+def sweep(folder: Path, age: float = ABANDONED) -> None:
+    """Take away what builds that were killed left `age` seconds ago, and damaged datasets: they hold text, too."""
+    for left in [*folder.glob(".building-*"), *folder.glob(".damaged-*")]:
+        if time.time() - left.stat().st_mtime >= age:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def explain(folder: Path, example_id: str, journal: Journal) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from learner import shards
+from learner.dataset import sweep
 from learner.examples import Example, decode
 from learner.lineage import datasets
 from learner.registry import Registry
@@ -24,10 +25,10 @@ def erase(folder: Path, gone: Callable[[Example], bool]) -> int:
     written: list[dict[str, Any]] = []
     for shard in manifest["shards"]:
         path = folder / shard["name"]
-        lines = shards.lines_of(path)
+        lines = _lines(folder, shard)
         kept = [line for line in lines if not gone(decode(line))]
         digest = shards.digest(kept)
-        if len(kept) < len(lines):
+        if len(kept) < len(lines) or not path.exists():
             beside = path.with_name(f".{path.name}")
             shards.write_shard(beside, kept, path.suffix)
             os.replace(beside, path)
@@ -51,8 +52,9 @@ def erase_everywhere(
     Such a version is tagged with the reason.
     """
     erased, touched = 0, []
+    sweep(learner / "datasets", 0.0)
     for folder in datasets(learner):
-        if any(gone(decode(line)) for shard in shards.manifest(folder)["shards"] for line in _lines(folder, shard)):
+        if _concerns(folder, gone):
             name = shards.dataset_name(folder)
             own = [one.name for one in registry.versions(route) if one.dataset == name]
             for version in own:  # before: what was erased cannot tell any more whom it concerns
@@ -62,5 +64,16 @@ def erase_everywhere(
     return erased, touched
 
 
+def _concerns(folder: Path, gone: Callable[[Example], bool]) -> bool:
+    """Whether a dataset has something that must go, or lost it already without saying so."""
+    for shard in shards.manifest(folder)["shards"]:
+        lines = _lines(folder, shard)
+        if shards.digest(lines) != shard["sha256"] or any(gone(decode(line)) for line in lines):
+            return True
+    return False
+
+
 def _lines(folder: Path, shard: dict[str, Any]) -> list[bytes]:
-    return shards.lines_of(folder / shard["name"])
+    """A shard that is missing holds nothing any more."""
+    path = folder / shard["name"]
+    return shards.lines_of(path) if path.exists() else []

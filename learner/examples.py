@@ -37,7 +37,9 @@ class Example(msgspec.Struct, frozen=True, omit_defaults=True):
     route: str = ""
     tenant: str = "default"
     user: str | None = None
-    """Pseudonym of whose feedback it is."""
+    """Pseudonym of whose feedback it is; of several, whose counts most."""
+    users: tuple[str, ...] = ()
+    """All whose feedback it is, as `learner.people.person` names them."""
     session: str = ""
     task_type: str | None = None
     country: str | None = None

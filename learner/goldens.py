@@ -1,8 +1,8 @@
 """Prompts that are kept for evaluation, and so must never be learned from.
 
-A prompt is taken for a golden where the two are near-duplicates, where most of a golden's words stand in it in runs of
-five, or where one of its turns says the same. Files are JSON lines or YAML: texts, lists of them, or mappings with
-`prompt`, `messages`, `question` or `instruction`.
+A conversation holds a golden where most of the golden's runs of five characters stand close together in it: reworded a
+little, misspelt, or inside another text. Files are JSON lines or YAML: texts, lists of them, or mappings with `prompt`,
+`messages`, `question` or `instruction`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,15 +19,21 @@ from typing import Any
 import yaml
 
 from learner.examples import Example
-from learner.near import Signature, likeness, signature
 from telemetry.errors import UnderstudyError
-from telemetry.wording import canonical
 
-ALIKE = 0.7
-RUN = 5
-HELD = 0.6
-"""Share of a golden's runs of words that must stand in a prompt."""
-_BANDS = 4
+GRAM = 5
+HELD = 0.65
+"""Share of a golden's runs of characters that must stand in a text."""
+ROOM = 1.5
+"""… within so many times the golden's length, and `SPARE` characters."""
+SPARE = 16
+SHORTEST = 10
+"""Characters: a shorter golden is only sought as a whole turn."""
+ALONE = 20
+"""A shorter turn of a golden of several is nobody's ("Yes.")."""
+COMMON = 0.1
+"""A run that stands in more of the goldens than this (of `MANY` at least) does not tell them apart."""
+MANY = 50
 _WORD = re.compile(r"\w+")
 _KEYS = ("prompt", "messages", "question", "instruction", "input")
 SUFFIXES = (".jsonl", ".json", ".yaml", ".yml")
@@ -43,50 +50,60 @@ class Goldens:
         self._texts = sorted({plain for text in texts if (plain := _plain(text))})
         self._exact = set(self._texts)
         self._seen: dict[str, bool] = {}
-        self._runs: dict[tuple[str, ...], list[int]] = {}
-        self._sizes: list[int] = []
-        self._signed: list[Signature] = []
-        self._bands: dict[tuple[int, bytes], list[int]] = {}
-        for place, text in enumerate(self._texts):
-            runs = _runs(text)
-            self._sizes.append(len(runs))
-            for run in runs:
-                self._runs.setdefault(run, []).append(place)
-            signed = signature(text)
-            self._signed.append(signed)
-            for key in _keys(signed):
-                self._bands.setdefault(key, []).append(place)
+        grams = [_grams(text) for text in self._texts]
+        times = Counter(gram for own in grams for gram in own)
+        common = {gram for gram, count in times.items() if count > max(MANY, COMMON * len(self._texts))}
+        self._grams = [own - common or own for own in grams]
+        self._places: dict[str, list[int]] = {}
+        for place, own in enumerate(self._grams):
+            for gram in own if len(self._texts[place]) >= SHORTEST else ():
+                self._places.setdefault(gram, []).append(place)
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def digest(self) -> str:
         """SHA-256 of the texts, in whatever files they stand."""
-        return hashlib.sha256("\n".join(self._texts).encode()).hexdigest()
+        return hashlib.sha256("\n".join(self._texts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def hold(self, example: Example) -> bool:
-        """Whether the example's prompt is one of these, or holds one."""
+        """Whether a turn of the example's prompt, or all of them together, is one of these or holds one."""
         if not self._texts:
             return False
-        own = [_plain(str(turn.get("content", ""))) for turn in example.messages if turn.get("role") == "user"]
-        whole = " ".join(own)
-        return any(self._known(text) for text in {*own, whole} if text)
+        turns = [str(turn.get("content", "")) for turn in example.messages]
+        return any(self._known(text) for text in {*turns, "\n".join(turns)})
 
     def _known(self, text: str) -> bool:
         """Many ask the same, so each text is looked at once."""
         if text not in self._seen:
-            self._seen[text] = self._matches(text)
+            self._seen[text] = self._matches(_plain(text))
         return self._seen[text]
 
     def _matches(self, text: str) -> bool:
         if text in self._exact:
             return True
-        held = Counter(place for run in _runs(text) for place in self._runs.get(run, ()))
-        if any(count >= HELD * self._sizes[place] for place, count in held.items()):
-            return True
-        signed = signature(text)
-        near = {place for key in _keys(signed) for place in self._bands.get(key, ())}
-        return any(likeness(signed, self._signed[place]) >= ALIKE for place in near)
+        own = _grams(text)
+        held = Counter(place for gram in own for place in self._places.get(gram, ()))
+        likely = (place for place, count in held.items() if count >= HELD * len(self._grams[place]))
+        return any(self._stands_in(place, text) for place in likely)
+
+    def _stands_in(self, place: int, text: str) -> bool:
+        """Whether enough of a golden's runs stand close together."""
+        wanted, size = self._grams[place], int(ROOM * len(self._texts[place])) + SPARE
+        at = [n for n in range(len(text) - GRAM + 1) if text[n : n + GRAM] in wanted]
+        inside: Counter[str] = Counter()
+        begin = 0
+        for end in at:
+            inside[text[end : end + GRAM]] += 1
+            while at[begin] < end - size:
+                gone = text[at[begin] : at[begin] + GRAM]
+                inside[gone] -= 1
+                if not inside[gone]:
+                    del inside[gone]
+                begin += 1
+            if len(inside) >= HELD * len(wanted):
+                return True
+        return False
 
 
 def load(paths: Sequence[Path]) -> Goldens:
@@ -114,10 +131,12 @@ def _read(file: Path) -> Any:
 
 def _texts(found: Any, file: Path) -> Iterator[str]:
     match found:
-        case str():
-            yield found
+        case str() | int() | float() if not isinstance(found, bool):
+            yield str(found)
         case list() if found and all(isinstance(one, dict) and "role" in one for one in found):
-            yield from (str(one.get("content", "")) for one in found if one["role"] == "user")
+            turns = [_content(one.get("content")) for one in found if one["role"] == "user"]
+            yield "\n".join(turns)
+            yield from (turn for turn in turns if len(turn) >= ALONE)
         case list():
             for one in found:
                 yield from _texts(one, file)
@@ -126,18 +145,19 @@ def _texts(found: Any, file: Path) -> Iterator[str]:
             if not named and not any(isinstance(value, list | dict) for value in found.values()):
                 raise BadGoldens(f"{file} has an entry without a prompt; give it one of {', '.join(_KEYS)}")
             for one in named or found.values():
-                if isinstance(one, str | list | dict):
+                if named or isinstance(one, list | dict):
                     yield from _texts(one, file)
 
 
+def _content(content: Any) -> str:
+    if isinstance(content, list):
+        return "\n".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)
+    return str(content or "")
+
+
 def _plain(text: str) -> str:
-    return " ".join(_WORD.findall(canonical(text).lower()))
+    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).lower()))
 
 
-def _runs(text: str) -> set[tuple[str, ...]]:
-    words = text.split()
-    return {tuple(words[at : at + RUN]) for at in range(len(words) - RUN + 1)}
-
-
-def _keys(signed: Signature) -> list[tuple[int, bytes]]:
-    return [(at, signed[at : at + _BANDS].tobytes()) for at in range(0, len(signed), _BANDS)]
+def _grams(text: str) -> set[str]:
+    return {text[at : at + GRAM] for at in range(max(1, len(text) - GRAM + 1))}

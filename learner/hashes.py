@@ -41,12 +41,14 @@ def located(base: str) -> Path:
     """
     if Path(base).is_dir():
         return Path(base)
+    if base.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"base {base} is no folder here; name a model's folder, or its name on the hub")
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(base))
     except Exception as error:  # the hub's client has many, of several libraries
-        raise FileNotFoundError(f"base {base!r} is no folder here, and the hub does not give it: {error}") from error
+        raise FileNotFoundError(f"base {base} is no folder here, and the hub does not give it: {error}") from error
 
 
 def base_hash(folder: Path) -> str:

@@ -19,11 +19,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import msgspec
 
 from learner.examples import Example, Kind, example_id
+from learner.people import person
 from router.reward import GONE, Heard, counted
 from telemetry.events import Interaction, Signal, answer_name, names_of
 from telemetry.signals import ANOTHER_TEXT
@@ -64,6 +66,12 @@ class Vote(NamedTuple):
     """0 to 1."""
     tie: bool = False
     """For neither; `chosen` and `rejected` are then in no order."""
+    signal: str = ""
+    """Id of what they said or did."""
+    verified: bool = True
+    """A key or a token vouches that they may speak for the answer."""
+    owners: tuple[str, ...] = ()
+    """Whose sessions the answers are from, beside who votes."""
 
 
 @dataclass(slots=True)
@@ -86,7 +94,7 @@ def harvest(
     `elsewhere`: an answer of (tenant, name) in another session, which one of these was compared with.
     """
     found = Harvest()
-    heard = sorted(signals, key=lambda row: (row[1].received_at or row[1].at, row[1].event_id))
+    heard = sorted(signals, key=lambda row: (row[1].received_at or row[1].at, row[1].at, row[1].event_id))
     by_name = {name: answer for answer in session for name in names_of(answer)}
     by_event = {answer.event_id: answer for answer in session}
     standing = counted(
@@ -97,11 +105,12 @@ def harvest(
     for event, _, signal in standing:
         if event in by_event and signal.kind != "comparison":
             opinions.setdefault(event, []).append(signal)
-    usable = _Usable(rules, found.unusable)
+    usable = _Usable(rules, found.unusable, _silenced(session))
+    talk = _Talk(session, opinions)
     for event, about in sorted(opinions.items()):
         answer = by_event[event]
         if any(_speaks(signal) for signal in about) and usable(answer):
-            found.votes += _votes_on(answer, about, session, opinions, usable)
+            found.votes += _votes_on(answer, about, talk, usable)
     for signal in _last_of_each(heard):
         named = _named(signal)
         answers = [by_name.get(name) or elsewhere(signal.tenant, name) for name in named]
@@ -109,34 +118,53 @@ def harvest(
     return found
 
 
-def _votes_on(
-    answer: Interaction,
-    about: Sequence[Signal],
-    session: Sequence[Interaction],
-    opinions: Mapping[str, Sequence[Signal]],
-    usable: _Usable,
-) -> Iterator[Vote]:
+class _Talk:
+    """A session, and what was said of its answers."""
+
+    def __init__(self, session: Sequence[Interaction], opinions: Mapping[str, Sequence[Signal]]) -> None:
+        self.session = session
+        self.opinions = opinions
+        self.by_event = {one.event_id: one for one in session}
+
+    @cached_property
+    def asked_again(self) -> dict[bytes, list[Interaction]]:
+        """Requests by their messages, to the byte."""
+        found: dict[bytes, list[Interaction]] = {}
+        for one in self.session:
+            found.setdefault(msgspec.json.encode(one.messages), []).append(one)
+        return found
+
+
+def _votes_on(answer: Interaction, about: Sequence[Signal], talk: _Talk, usable: _Usable) -> Iterator[Vote]:
     for signal in about:
         if (text := _put_right(signal, answer)) is not None:
+            source = talk.by_event.get(_told_by(signal))
+            if signal.source == "detected" and (source is None or not usable.agreed(source)):
+                continue  # the text stood in a later request, whose user must agree, too
+            came_with = (source.event_id,) if source is not None else ()
             for kind in ("pair", "correction"):
-                made = _example(kind, signal.kind, (answer,), signal, text, answer.answer if kind == "pair" else None)
-                yield Vote(made, signal.confidence)
+                rejected = answer.answer if kind == "pair" else None
+                yield _vote(kind, signal.kind, (answer,), signal, text, rejected, 1.0, usable, came_with)
             continue
-        second = _second(signal, answer, session) if signal.kind == "regenerate" else None
+        second = _second(signal, answer, talk) if signal.kind == "regenerate" else None
         if second is not None and usable(second):
-            accepted, strength = _acceptance(second, session, opinions)
+            accepted, strength = _acceptance(second, talk)
             if accepted is not None:
-                made = _example(
-                    "pair", "regenerate", (second, answer), signal, second.answer, answer.answer, more=accepted
+                both = (second, answer)
+                yield _vote(
+                    "pair", "regenerate", both, signal, second.answer, answer.answer, strength, usable, accepted
                 )
-                yield Vote(made, strength * signal.confidence)
                 continue
         verdict = _verdict(signal)
         if verdict:
             reason = "retained" if signal.kind == "edit" else signal.kind
             chosen, rejected = (answer.answer, None) if verdict > 0 else (None, answer.answer)
-            made = _example("unpaired", reason, (answer,), signal, chosen, rejected)
-            yield Vote(made, abs(verdict) * signal.confidence)
+            yield _vote("unpaired", reason, (answer,), signal, chosen, rejected, abs(verdict), usable)
+
+
+def _told_by(signal: Signal) -> str:
+    """The request that a detected signal was seen in."""
+    return signal.event_id.partition(":")[2]
 
 
 def _verdict(signal: Signal) -> float:
@@ -167,26 +195,26 @@ def _put_right(signal: Signal, answer: Interaction) -> str | None:
     return text if signal.kind == "correction" and text else None
 
 
-def _second(signal: Signal, first: Interaction, session: Sequence[Interaction]) -> Interaction | None:
+def _second(signal: Signal, first: Interaction, talk: _Talk) -> Interaction | None:
     """The answer that was asked for in the place of the first, to the same messages to the byte."""
-    named = signal.event_id.partition(":")[2]
-    asked = msgspec.json.encode(first.messages)
-    later = [i for i in session if i.at >= first.at and i.event_id != first.event_id]
-    same = [i for i in later if msgspec.json.encode(i.messages) == asked]
-    return next((i for i in same if i.event_id == named), same[0] if same and signal.source != "detected" else None)
+    same = [
+        one
+        for one in talk.asked_again.get(msgspec.json.encode(first.messages), ())
+        if one.at >= first.at and one.event_id != first.event_id
+    ]
+    named = next((one for one in same if one.event_id == _told_by(signal)), None)
+    return named or (same[0] if same and signal.source != "detected" else None)
 
 
-def _acceptance(
-    answer: Interaction, session: Sequence[Interaction], opinions: Mapping[str, Sequence[Signal]]
-) -> tuple[tuple[str, ...] | None, float]:
+def _acceptance(answer: Interaction, talk: _Talk) -> tuple[tuple[str, ...] | None, float]:
     """The facts that show that an answer was taken, and how surely; None if nothing does, or one speaks against it."""
-    about = [(signal, _verdict(signal)) for signal in opinions.get(answer.event_id, ())]
+    about = [(signal, _verdict(signal)) for signal in talk.opinions.get(answer.event_id, ())]
     if any(verdict < 0 or _put_right(signal, answer) for signal, verdict in about):
         return None, 0.0
     good = [signal for signal, verdict in about if verdict > 0]
     if good:
         return tuple(signal.event_id for signal in good), max(0.5, *(_verdict(signal) for signal in good))
-    kept = next((later for later in session if _goes_on_from(later, answer)), None)
+    kept = next((later for later in talk.session if _goes_on_from(later, answer)), None)
     return ((kept.event_id,), 0.5) if kept is not None else (None, 0.0)
 
 
@@ -227,35 +255,59 @@ def _comparison(signal: Signal, answers: Sequence[Interaction], usable: _Usable)
         return
     if "both_bad" in signal.target:
         for bad in answers:
-            yield Vote(_example("unpaired", "comparison", (bad,), signal, None, bad.answer), signal.confidence)
-    elif prompt_of(first) != prompt_of(second):
+            yield _vote("unpaired", "comparison", (bad,), signal, None, bad.answer, 1.0, usable)
+    elif usable.prompt(first) != usable.prompt(second):
         usable.unusable["the answers compared have different prompts"] += 1
     else:
-        made = _example("pair", "comparison", (first, second), signal, first.answer, second.answer)
-        yield Vote(made, signal.confidence, tie="tie" in signal.target)
+        made = _vote("pair", "comparison", (first, second), signal, first.answer, second.answer, 1.0, usable)
+        yield made._replace(tie="tie" in signal.target)
 
 
 def _same_person(first: Interaction, second: Interaction) -> bool:
     return first.session == second.session or (first.user is not None and first.user == second.user)
 
 
-@dataclass(frozen=True, slots=True)
-class _Usable:
-    """Whether an answer may and can be learned from; why not is counted."""
+def _silenced(session: Sequence[Interaction]) -> float:
+    """When a session's user first said that it is not to be learned from: what comes later may repeat what was said."""
+    return min((one.at for one in session if one.consent not in (None, *CONSENTS)), default=float("inf"))
 
-    rules: Rules
-    unusable: Counter[str]
+
+class _Usable:
+    """Whether an answer may and can be learned from; why not is counted, once an answer."""
+
+    def __init__(self, rules: Rules, unusable: Counter[str], silenced: float) -> None:
+        self.rules = rules
+        self.unusable = unusable
+        self._silenced = silenced
+        self._known: dict[str, bool] = {}
+        self._prompts: dict[str, list[dict[str, Any]] | None] = {}
 
     def __call__(self, answer: Interaction) -> bool:
-        reason = why_not(answer, self.rules)
-        if reason is not None:
-            self.unusable[reason] += 1
-        return reason is None
+        if answer.event_id not in self._known:
+            reason = why_not(answer, self.rules) if answer.at < self._silenced else "its user did not agree"
+            if reason is not None:
+                self.unusable[reason] += 1
+            self._known[answer.event_id] = reason is None
+        return self._known[answer.event_id]
+
+    def agreed(self, request: Interaction) -> bool:
+        """Whether a request's own text may be learned from."""
+        return agreed(request, self.rules) and request.at < self._silenced
+
+    def prompt(self, answer: Interaction) -> list[dict[str, Any]]:
+        if answer.event_id not in self._prompts:
+            self._prompts[answer.event_id] = prompt_of(answer)
+        return self._prompts[answer.event_id] or []
+
+
+def agreed(answer: Interaction, rules: Rules) -> bool:
+    """Its user agreed to training, or did not say where that is enough."""
+    return answer.consent in CONSENTS or (answer.consent is None and rules.consent_assumed)
 
 
 def why_not(answer: Interaction, rules: Rules) -> str | None:
     """Why an answer cannot be learned from; None if it can."""
-    if answer.consent not in CONSENTS and not (answer.consent is None and rules.consent_assumed):
+    if not agreed(answer, rules):
         return "its user did not agree"
     if answer.at < rules.text_after:
         return "too old to be kept"
@@ -265,8 +317,10 @@ def why_not(answer: Interaction, rules: Rules) -> str | None:
         return "the answer calls tools"
     if not answer.answer or not clean(answer.answer):
         return "no text is kept"
-    if answer.finish_reason == "length":
+    if answer.finish_reason in ("length", "content_filter"):
         return "the answer was cut"
+    if answer.previous is not None:
+        return "the conversation before it is not kept with it"
     if answer.choices > 1:
         return "one of several choices"
     return None if prompt_of(answer) is not None else "the prompt is no chat of text"
@@ -280,11 +334,14 @@ def prompt_of(answer: Interaction) -> list[dict[str, Any]] | None:
     if not isinstance(messages, list) or not messages:
         return None
     turns = [_turn(message) for message in messages]
-    return None if None in turns else turns  # type: ignore[return-value]
+    if None in turns or messages[-1].get("role") == "assistant":  # the answer would only end what the app began
+        return None
+    return turns  # type: ignore[return-value]
 
 
 def _turn(message: Any) -> dict[str, Any] | None:
-    if not isinstance(message, dict) or message.get("role") not in TURNS:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str) or role not in TURNS:
         return None
     content = message.get("content")
     if isinstance(content, list):
@@ -293,8 +350,9 @@ def _turn(message: Any) -> dict[str, Any] | None:
         content = "\n".join(texts) if len(texts) == len(parts) else None
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         return None
-    turn = {"role": message["role"], "content": clean(content) if content is not None else ""}
-    return turn | {key: message[key] for key in ("tool_calls", "tool_call_id", "name") if message.get(key)}
+    turn = {"role": role, "content": clean(content) if content is not None else ""}
+    more = ("tool_call_id", "name") if role == "tool" else ("tool_calls",)  # a user's name is nobody's business here
+    return turn | {key: message[key] for key in more if message.get(key)}
 
 
 def clean(text: str) -> str:
@@ -302,19 +360,22 @@ def clean(text: str) -> str:
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
-def _example(
+def _vote(
     kind: Kind,
     reason: str,
     answers: tuple[Interaction, ...],
     signal: Signal,
     chosen: str | None,
     rejected: str | None,
+    strength: float,
+    usable: _Usable,
     more: tuple[str, ...] = (),
-) -> Example:
+) -> Vote:
     judged = answers[-1]
-    prompt = prompt_of(judged) or []
+    prompt = usable.prompt(judged)
     chosen, rejected = (clean(text) if text is not None else None for text in (chosen, rejected))
-    return Example(
+    user = signal.subject or judged.user
+    example = Example(
         id=example_id(kind, prompt, chosen, rejected),
         kind=kind,
         messages=prompt,
@@ -324,12 +385,20 @@ def _example(
         events=tuple(sorted({signal.event_id, *(answer.event_id for answer in answers), *more})),
         route=judged.route,
         tenant=judged.tenant,
-        user=signal.subject or judged.user,
+        user=user,
+        users=(person(judged.tenant, user, judged.session),),
         session=judged.session,
         task_type=judged.task_type,
         country=judged.country,
         at=max(signal.received_at or signal.at, *(answer.at for answer in answers)),
         text_from=min(answer.at for answer in answers),
         arms=tuple(answer.answerer.arm for answer in answers),
-        propensity=judged.answerer.propensity,
+        propensity=min(answer.answerer.propensity for answer in answers),
+    )
+    return Vote(
+        example,
+        strength * signal.confidence,
+        signal=signal.event_id,
+        verified=signal.verified,
+        owners=tuple(sorted({person(one.tenant, one.user, one.session) for one in answers})),
     )

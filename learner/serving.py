@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,8 @@ __all__ = [
 
 AGREED = 0.99
 """Share of tokens that a replica and PEFT must agree on before a version may be drawn."""
+AT_ONCE = 8
+"""Requests of a comparison that a replica has at once."""
 STRIDE = 32
 """Tokens that a replica writes in one request of a comparison; what follows a difference is written in vain."""
 
@@ -194,10 +197,12 @@ def agreement(replica: Replica, name: str, expected: Sequence[Expected]) -> Agre
     if not expected or not all(one.prompt and one.answer for one in expected):
         raise ValueError("there is nothing to compare; give PEFT's answers, each of one token at least")
     base = listing(replica).base
-    ours = [list(_forced(replica, name, one)) for one in expected]
-    others = [next((at for at, same in enumerate(_forced(replica, base, one)) if not same), None) for one in expected]
+    chats = [one for one in expected if one.messages is not None]
+    with ThreadPoolExecutor(AT_ONCE) as pool:  # a replica answers several as fast as one
+        ours = list(pool.map(lambda one: list(_forced(replica, name, one)), expected))
+        others = list(pool.map(lambda one: _first_other(replica, base, one), expected))
+        prompts = list(pool.map(lambda one: _prompt(replica, name, one.messages or ()) == [*one.prompt], chats))
     told = [same[at] for same, at in zip(ours, others, strict=True) if at is not None]
-    prompts = [_prompt(replica, name, one.messages) == [*one.prompt] for one in expected if one.messages is not None]
     return Agreement(
         tokens=sum(map(len, ours)),
         equal=sum(map(sum, ours)),
@@ -206,6 +211,11 @@ def agreement(replica: Replica, name: str, expected: Sequence[Expected]) -> Agre
         prompts=len(prompts),
         prompts_equal=sum(prompts),
     )
+
+
+def _first_other(replica: Replica, model: str, one: Expected) -> int | None:
+    """Where a model first says another token than PEFT."""
+    return next((at for at, same in enumerate(_forced(replica, model, one)) if not same), None)
 
 
 def _forced(replica: Replica, model: str, one: Expected) -> Iterator[bool]:

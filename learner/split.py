@@ -1,22 +1,25 @@
-"""Which examples are held out: by a hash of their user, so that evaluation meets only people who are new to the model.
+"""Near-duplicates of a prompt never stand on both sides of the split. Pure.
 
-Near-duplicates of a prompt never stand on both sides: where users of both sides asked the same, the side that has more
-of it keeps it and the others are left out; if too little were held out then, the prompts that cost least change sides.
+Who is held out is decided before examples are made (`learner.curate`). Where people of both sides asked the same, the
+side that has more of it keeps it and the others are left out; if too little were held out then, the prompts that cost
+least change sides.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
-
-import msgspec
 
 from learner.curate import Signatures, asked
 from learner.examples import Example
-from learner.people import who
 
 SAME_PROMPT = 0.7
+COMMON = 0.2
+"""Share of the prompts in which a sentence stands that is not any one's own."""
+MANY = 10
+_SENTENCE = re.compile(r"(?<=[.!?:])\s+|\n+")
 ENOUGH = 0.5
 """Share of the examples meant to be held out that must be."""
 
@@ -27,10 +30,10 @@ class Divided(NamedTuple):
     """Their prompt is held by the other side."""
 
 
-def divide(examples: Sequence[Example], held_out: float, salt: str) -> Divided:
-    """`examples` with their `split`. A user, and a near-duplicate of a prompt, is on one side only."""
+def divide(examples: Sequence[Example], held_out: float) -> Divided:
+    """`examples` of both sides, without those whose prompt (or nearly it) is on the other one."""
     places = prompt_clusters(examples)
-    aside = [is_held_out(who(one), held_out, salt) for one in examples]
+    aside = [one.split == "held_out" for one in examples]
     counts: dict[int, list[int]] = {}
     for place, out in zip(places, aside, strict=True):
         counts.setdefault(place, [0, 0])[out] += 1
@@ -41,29 +44,28 @@ def divide(examples: Sequence[Example], held_out: float, salt: str) -> Divided:
     for place in sorted(both, key=lambda place: (counts[place][0] - counts[place][1], place)):
         if have >= wanted:
             break
-        held.add(place)
-        have += counts[place][1]
+        if counts[place][0] <= held_out * len(examples):  # else it would cost more than it is worth
+            held.add(place)
+            have += counts[place][1]
     kept: list[Example] = []
     left_out: list[Example] = []
     for one, place, out in zip(examples, places, aside, strict=True):
-        if out == (place in held):
-            kept.append(msgspec.structs.replace(one, split="held_out" if out else "train"))
-        else:
-            left_out.append(one)
-    # Somebody else may have judged an answer in a user's session.
-    training = {(one.tenant, one.session) for one in kept if one.split == "train"}
-    shared = {one.id for one in kept if one.split == "held_out" and (one.tenant, one.session) in training}
-    left_out += [one for one in kept if one.id in shared]
-    return Divided([one for one in kept if one.id not in shared], left_out)
-
-
-def is_held_out(user: str, share: float, salt: str) -> bool:
-    """The same answer for a user in every round, as long as salt and share are the same."""
-    digest = hashlib.sha256(f"{salt}\0{user}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+        (kept if out == (place in held) else left_out).append(one)
+    return Divided(kept, left_out)
 
 
 def prompt_clusters(examples: Sequence[Example]) -> list[int]:
-    """Of each example the cluster that its prompt is in."""
-    cluster = Signatures().clusters((asked(one) for one in examples), SAME_PROMPT)
-    return [cluster[asked(one)] for one in examples]
+    """Of each example the cluster that its prompt is in; what many prompts have in common tells none apart."""
+    prompts = {asked(one) for one in examples}
+    own = _without_the_common(prompts)
+    cluster = Signatures().clusters(own.values(), SAME_PROMPT)
+    return [cluster[own[asked(one)]] for one in examples]
+
+
+def _without_the_common(prompts: Collection[str]) -> dict[str, str]:
+    """By prompt what is its own: without sentences that stand in many, as templates and documents do."""
+    pieces = {prompt: [piece for piece in _SENTENCE.split(prompt) if piece.strip()] for prompt in prompts}
+    times = Counter(piece for found in pieces.values() for piece in set(found))
+    most = max(MANY, COMMON * len(prompts))
+    own = {prompt: " ".join(piece for piece in found if times[piece] <= most) for prompt, found in pieces.items()}
+    return {prompt: text if text.strip() else prompt for prompt, text in own.items()}

@@ -7,7 +7,8 @@ The weight of the word of those who gave it (`learner.curate`) is multiplied by 
     category   task types count as the square root of their examples, so that a rare one is not drowned
     length     preferred answers that are longer and those that are shorter get the same total weight
 
-The first two together are cut at `clip`. Weights of a kind average 1 in the end.
+The first two together are cut at `clip`, up and down, and so are the others, each. Weights of a kind average 1 over
+what is trained on.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ import msgspec
 from learner.examples import Example
 from learner.people import Cohort, cohort
 
-BALANCED = 2.0
-"""Most by which category and length each change a weight, up or down."""
 LEVEL = 0.1
 """Answers whose lengths differ by less than this share are as long as each other."""
 
@@ -29,27 +28,36 @@ LEVEL = 0.1
 def weigh(examples: Sequence[Example], requests: Mapping[Cohort, int], clip: float) -> list[Example]:
     """The examples with their final weights. `requests`: how many each cohort sent."""
     heard = _against_loudness(examples, requests)
-    corrections: list[Callable[[Example], float]] = [
-        lambda one: max(1 / clip, min(clip, heard[cohort(one)] / max(one.propensity, 1e-9))),
-        _by_category(examples),
-        _by_length(examples),
+    categories = Counter(one.task_type for one in examples)
+    typical = (len(examples) / max(1, len(categories))) ** 0.5
+    weights = [
+        one.weight
+        * _cut(heard[cohort(one)] / max(one.propensity, 1e-9), clip)
+        * _cut(typical / categories[one.task_type] ** 0.5, clip)
+        for one in examples
     ]
-    weights = [one.weight * _product(correct(one) for correct in corrections) for one in examples]
-    totals: dict[str, list[float]] = defaultdict(list)
+    sides: dict[tuple[str, int], float] = defaultdict(float)
     for one, weight in zip(examples, weights, strict=True):
-        totals[one.kind].append(weight)
-    means = {kind: sum(own) / len(own) for kind, own in totals.items()}
+        sides[one.split, longer(one)] += weight
+    weights = [weight * _cut(_level(sides, one), clip) for one, weight in zip(examples, weights, strict=True)]
+    totals: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for one, weight in zip(examples, weights, strict=True):
+        totals[one.split, one.kind].append(weight)
+    means = {key: sum(own) / len(own) for key, own in totals.items()}
     return [
-        msgspec.structs.replace(one, weight=round(weight / means[one.kind], 9))
+        msgspec.structs.replace(one, weight=round(weight / means[one.split, one.kind], 9))
         for one, weight in zip(examples, weights, strict=True)
     ]
 
 
-def _product(factors: Iterable[float]) -> float:
-    found = 1.0
-    for factor in factors:
-        found *= factor
-    return found
+def _level(sides: Mapping[tuple[str, int], float], example: Example) -> float:
+    """What brings the two lengths of a split to the same total."""
+    own, other = sides[example.split, longer(example)], sides.get((example.split, -longer(example)), 0.0)
+    return (own + other) / 2 / own if longer(example) and other else 1.0
+
+
+def _cut(factor: float, most: float) -> float:
+    return max(1 / most, min(most, factor))
 
 
 def _against_loudness(examples: Iterable[Example], requests: Mapping[Cohort, int]) -> dict[Cohort, float]:
@@ -63,30 +71,12 @@ def _against_loudness(examples: Iterable[Example], requests: Mapping[Cohort, int
     }
 
 
-def _by_category(examples: Sequence[Example]) -> Callable[[Example], float]:
-    counts = Counter(one.task_type for one in examples)
-    typical = (len(examples) / max(1, len(counts))) ** 0.5
-    return lambda one: _bounded(typical / counts[one.task_type] ** 0.5)
-
-
-def _by_length(examples: Sequence[Example]) -> Callable[[Example], float]:
-    sides = Counter[int]()
-    for one in examples:
-        sides[longer(one)] += 1
-    half = (sides[1] + sides[-1]) / 2
-    return lambda one: _bounded(half / sides[longer(one)]) if longer(one) and half else 1.0
-
-
 def longer(example: Example) -> int:
     """1 where what was preferred is longer than what was not, -1 where it is shorter, else 0."""
     if example.chosen is None or example.rejected is None:
         return 0
     one, other = len(example.chosen), len(example.rejected)
     return 0 if abs(one - other) <= LEVEL * max(one, other) else (1 if one > other else -1)
-
-
-def _bounded(factor: float) -> float:
-    return max(1 / BALANCED, min(BALANCED, factor))
 
 
 def shares(examples: Iterable[Example], key: Callable[[Example], str]) -> dict[str, dict[str, float]]:

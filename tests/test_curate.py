@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from learner.agree import alpha, majority, pairwise_agreement
 from learner.curate import Curated, curate, largest, shared_out
@@ -18,7 +19,7 @@ from learner.examples import Example, example_id
 from learner.goldens import BadGoldens, Goldens, load
 from learner.near import clusters, likeness, signature
 from learner.pairs import Rules, Vote, harvest
-from learner.people import People, who
+from learner.people import People, held_out_people, who
 from learner.plan import DatasetPolicy
 from learner.refusals import refuses
 from learner.split import divide, prompt_clusters
@@ -27,6 +28,8 @@ from tests.conversations import START, asked, said
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 UNTIL = START + 10 * 86400.0
+ASIDE = "nobody-29399"
+"""A user whose hash comes before those of all others here."""
 
 
 def example(
@@ -52,12 +55,18 @@ def example(
 
 
 def votes(*examples: Example) -> list[Vote]:
-    return [Vote(one, 1.0) for one in examples]
+    return [Vote(one, 1.0, signal=f"s{n}") for n, one in enumerate(examples)]
 
 
 def curated(rows: list[Vote], people: People | None = None, **policy: Any) -> Curated:
     goldens = Goldens(policy.pop("golden_texts", ()))
-    return curate(rows, people or People(), DatasetPolicy(**policy), goldens, UNTIL)
+    if "held_out" not in policy:  # somebody is, always: a user who does nothing else here
+        aside = example("Who is held out?", kind="unpaired", rejected=None, reason="thumb", user=ASIDE)
+        rows = [*rows, Vote(replace(aside, users=(who(aside),)), 1.0, signal="aside")]
+        policy["held_out"] = 1e-6
+    found = curate(rows, people or People(), DatasetPolicy(**policy), goldens, UNTIL)
+    found.examples = [one for one in found.examples if one.user != ASIDE]
+    return found
 
 
 def dropped(found: Curated) -> dict[str, int]:
@@ -192,6 +201,11 @@ def test_every_professional_edit_is_a_correction_and_a_pair_but_for_the_near_ide
         ("As an AI language model, I am not able to do that", True),
         ("You cannot help but notice the river.", False),
         ("Sorry for the delay! Here is the list.", False),
+        ("Sorry, I can't discuss that.", True),
+        ("I'm sorry to hear that. If you cannot log in, reset your password.", False),
+        ("I can't help but admire the river.", False),
+        ("I'm sorry for the delay! Your order can't be later than Friday.", False),
+        ("I won't do more than sketch it.", False),
         ("To create a list, I can write a loop.", False),
     ],
 )
@@ -199,19 +213,27 @@ def test_refusals_are_known_by_how_they_begin(answer: str, refusing: bool) -> No
     assert refuses(answer) is refusing
 
 
-def test_what_is_preferred_does_not_refuse_and_is_in_a_script_that_was_asked_in() -> None:
-    refusal = example(chosen="I'm sorry, but I can't help with that.")
-    foreign = example("Was ist das?", "это овощ, который растёт в земле", "Das ist Gemüse.")
+def test_a_refusal_is_not_preferred_but_to_what_was_flagged() -> None:
+    refusal = "I'm sorry, but I can't help with that."
+    assert dropped(curated(votes(example(chosen=refusal)))) == {"refusal": 1}
+    liked = example(chosen=refusal, kind="unpaired", rejected=None, reason="thumb")
+    flagged = example(kind="unpaired", chosen=None, reason="flag", user="ben")
+    assert [(row.kind, row.reason) for row in curated(votes(liked, flagged)).examples] == [("pair", "flag")]
+
+
+def test_an_answer_in_another_script_is_not_preferred_to_one_in_the_prompts() -> None:
+    foreign = example("Was ist das?", "это овощ, который растёт в земле", "Das ist ein Gemüse.")
+    assert dropped(curated(votes(foreign))) == {"script": 1}
     asked_for = example("Что это?", "это овощ, который растёт в земле", "No idea.", user="ben")
-    found = curated(votes(refusal, foreign, asked_for))
-    assert [row.id for row in found.examples] == [asked_for.id]
-    assert dropped(found) == {"refusal": 1, "script": 1}
+    translated = example("Translate to Russian: good morning", "доброе утро", "спокойной ночи", user="cat")
+    japanese = example("日本経済概要", "にほんのけいざいについて", "日本", user="dan")
+    assert len(curated(votes(asked_for, translated, japanese)).examples) == 3
 
 
 def test_answers_of_another_length_or_task_or_tenant_are_left_out() -> None:
     rows = votes(example(task_type="code"), example("another", tenant="other"), example("c", chosen="x" * 99))
-    assert dropped(curated(rows, task_types=("code",))) == {"policy": 2}
-    assert dropped(curated(rows, tenants=("other",))) == {"policy": 2}
+    assert dropped(curated(rows, task_types=("code",), held_out=0.1)) == {"policy": 2}
+    assert dropped(curated(rows, tenants=("other",), held_out=0.1)) == {"policy": 2}
     assert dropped(curated(rows, answer_chars=(1, 50))) == {"length": 1}
 
 
@@ -219,23 +241,39 @@ def test_answers_of_another_length_or_task_or_tenant_are_left_out() -> None:
 
 
 def test_a_machine_is_not_heard() -> None:
+    bot = [example(f"question {n} of the bot", user="bot", at=START + n) for n in range(60)]
+    ann = [example(f"{n} others are asked", user="ann", at=START + 100.0 * n + n % 7) for n in range(60)]
+    found = curated(votes(*bot, *ann), near_duplicate=1.0)
+    assert {row.user for row in found.examples} == {"ann"}
+    assert dropped(found)["machine"] == 60
+
+
+def test_a_machine_without_a_name_is_known_by_its_session() -> None:
+    rows = [example(f"question {n}", user="", session="one", at=START + n) for n in range(60)]
+    assert dropped(curated(votes(*rows))) == {"machine": 60}
+
+
+def test_somebody_who_votes_now_and_then_is_no_machine() -> None:
     people = People()
-    for n in range(60):
-        people.add(said("thumb", asked("What?", "x", user="bot", at=n), 1.0))
-        people.add(said("thumb", asked("What?", "x", user="ann", at=100.0 * n + n % 7), 1.0))
-    assert people.machines(20.0) == {"default/bot"}
-    found = curated(votes(example(user="bot"), example("another question", user="ann")), people)
-    assert [row.user for row in found.examples] == ["ann"]
+    people.hear(("default/ann", f"s{n}", START + 4.0 * n, True) for n in range(15))
+    assert people.machines(20.0) == set()
+    assert people.machines(0.5) == {"default/ann"}
+    people.hear([("default/ben", "once", START, True)])
+    assert people.machines(0.5) == {"default/ann"}
 
 
 def test_a_crowd_of_new_users_for_one_item_is_not_heard() -> None:
     people = People()
-    crowd = []
-    for n in range(30):
-        people.add(said("comparison", asked("Buy?", "x", user=f"new{n}", at=n), 1.0))
-        crowd.append(example("Buy?", user=f"new{n}", at=START + n))
-    found = curated(votes(*crowd), people)
-    assert (found.examples, dropped(found)) == ([], {"burst": 30})
+    people.add(asked("Hello", "x", user="old", at=-90000.0))
+    crowd = [example("Buy?", user=f"new{n}", at=START + n) for n in range(30)]
+    found = curated(votes(*crowd, example("Buy?", user="old", at=START + 31)), people)
+    assert (found.examples, dropped(found)) == ([], {"burst": 31})
+
+
+def test_new_users_who_speak_for_what_others_speak_for_are_heard() -> None:
+    crowd = [example("Buy?", user=f"new{n}", at=START + n) for n in range(30)]
+    rest = [example(f"Question {n * 7919}?", f"answer {n * 31}", user=f"more{n}", at=START + n) for n in range(40)]
+    assert "burst" not in dropped(curated(votes(*crowd, *rest)))
 
 
 def test_trust_grows_with_age_and_agreement() -> None:
@@ -274,15 +312,56 @@ def test_synthetic_examples_are_a_fifth_at_most() -> None:
 # Goldens
 
 
-def test_goldens_are_kept_out_whole_reworded_a_little_or_inside_another_prompt() -> None:
-    golden = "Explain in three sentences how a heat pump moves warmth from a cold garden into a warm house."
-    denied = Goldens([golden])
-    near = golden.replace("three sentences", "two sentences").upper()
-    within = f"Hello there, I have some homework. {golden} Please be quick about it!"
-    for text in (golden, f"  **{golden}**\n", near, within):
-        assert denied.hold(example(text)), text
-    assert not denied.hold(example("Explain in three sentences how a fridge works."))
-    assert dropped(curated(votes(example(golden)), golden_texts=[golden])) == {"golden": 1}
+GOLDEN = "Explain in three sentences how a heat pump moves warmth from a cold garden into a warm house."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOLDEN,
+        f"  **{GOLDEN}**\n",
+        GOLDEN.replace("three sentences", "two sentences").upper(),
+        GOLDEN.replace("warmth", "heat"),
+        GOLDEN.replace("garden ", ""),
+        GOLDEN.replace("sentences", "sentnces"),
+        f"Hello there, I have some homework. {GOLDEN} Please be quick about it!",
+        f"{GOLDEN}\n</think>\nx",
+        f"{'other words come first ' * 500}{GOLDEN}",
+        "Tell me why, please: what is entropy?",
+        "请解释一下热泵的工作原理，谢谢",
+    ],
+)
+def test_a_golden_is_kept_out_reworded_misspelt_or_inside_another_text(text: str) -> None:
+    denied = Goldens([GOLDEN, "What is entropy?", "解释一下热泵的工作原理"])
+    assert denied.hold(example(text))
+    system = replace(example("Go on."), messages=[{"role": "system", "content": text}])
+    assert denied.hold(system)
+    assert dropped(curated(votes(example(GOLDEN)), golden_texts=[GOLDEN])) == {"golden": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Explain in three sentences how a fridge works.",
+        "What is enthalpy, and where would I meet it?",
+        "How does a house stay warm in three cold months? A heat pump, a garden and sentences of warmth move from it.",
+        "Yes!",
+    ],
+)
+def test_what_only_sounds_like_a_golden_is_learned_from(text: str) -> None:
+    assert not Goldens([GOLDEN, "What is entropy?"]).hold(example(text))
+
+
+def test_one_short_turn_of_a_golden_conversation_denies_nothing(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "Define entropy"}]},
+        {"role": "user", "content": "yes"},
+    ]
+    (tmp_path / "g.json").write_text(json.dumps([{"messages": turns}, 1984]))
+    found = load([tmp_path])
+    assert not found.hold(example("Yes!"))
+    assert found.hold(example("1984"))
+    assert found.hold(replace(example("x"), messages=[{"role": "user", "content": "define entropy"}, turns[1]]))
 
 
 def test_goldens_are_read_from_files_of_all_kinds_and_bad_ones_are_named(tmp_path: Path) -> None:
@@ -341,7 +420,9 @@ def test_no_user_session_or_near_duplicate_is_on_both_sides(rows: list[tuple[int
         example(f"{topics[topic]} {place % 2 or ''}", f"answer {place}", user=f"u{user}")
         for place, (user, topic) in enumerate(rows)
     ]
-    divided = divide(examples, share, "salt")
+    aside = held_out_people(map(who, examples), share, "salt")
+    examples = [replace(one, split="held_out" if who(one) in aside else "train") for one in examples]
+    divided = divide(examples, share)
     assert len(divided.examples) + len(divided.left_out) == len(examples)
     places = prompt_clusters(divided.examples)
     for key in ([one.user for one in divided.examples], [one.session for one in divided.examples], places):
@@ -354,17 +435,60 @@ def test_no_user_session_or_near_duplicate_is_on_both_sides(rows: list[tuple[int
 def test_enough_is_held_out_even_where_everybody_asks_the_same() -> None:
     prompts = [f"{'abcdefghij'[n % 10] * 8} {n * 7919} {'qrstuvwxyz'[n // 10] * 8}" for n in range(80)]
     rows = [example(prompts[n % 80], f"answer {n}", user=f"u{n}") for n in range(1600)]
-    divided = divide(rows, 0.1, "salt")
+    aside = held_out_people(map(who, rows), 0.1, "salt")
+    divided = divide([replace(one, split="held_out" if who(one) in aside else "train") for one in rows], 0.1)
     held = sum(one.split == "held_out" for one in divided.examples)
     assert held >= 0.04 * len(rows)
 
 
+def test_a_popular_prompt_or_a_template_does_not_empty_a_side() -> None:
+    popular = [example("Hello", f"answer {n}", user=f"u{n % 300}") for n in range(600)]
+    rest = [example(f"{n * 7919} questions about {n * 31} things", f"answer {n}", user=f"u{n}") for n in range(30)]
+    template = "Answer as a patient teacher would, in three short sentences and without any jargon at all. "
+    lessons = [example(f"{template * 3} What is {n * 7919}?", f"answer {n}", user=f"u{n % 40}") for n in range(120)]
+    for rows, least in (([*popular, *rest], 500), (lessons, 90)):
+        aside = held_out_people(map(who, rows), 0.1, "salt")
+        divided = divide([replace(one, split="held_out" if who(one) in aside else "train") for one in rows], 0.1)
+        assert sum(one.split == "train" for one in divided.examples) >= least
+        assert sum(one.split == "held_out" for one in divided.examples) >= 1
+
+
 def test_the_same_users_are_held_out_in_every_round() -> None:
-    rows = [example(f"{n * 7919} apples {n}", user=f"u{n}") for n in range(200)]
-    first = {one.user for one in divide(rows, 0.2, "salt").examples if one.split == "held_out"}
-    second = {one.user for one in divide(rows[:100], 0.2, "salt").examples if one.split == "held_out"}
-    assert second == first & {f"u{n}" for n in range(100)}
+    everybody = [f"u{n}" for n in range(200)]
+    first, second = held_out_people(everybody, 0.2, "salt"), held_out_people(everybody[:100], 0.2, "salt")
+    assert second == first & set(everybody[:100])
     assert 20 <= len(first) <= 60
+    assert held_out_people(everybody, 0.2, "pepper") != first
+
+
+def test_of_two_users_one_is_held_out_and_of_one_none() -> None:
+    assert len(held_out_people(["ann", "ben"], 0.01, "salt")) == 1
+    assert len(held_out_people(["ann", "ben"], 0.89, "salt")) == 1
+    assert held_out_people(["ann"], 0.5, "salt") == set()
+
+
+def test_no_example_is_made_of_votes_from_both_sides() -> None:
+    rows: list[Vote] = []
+    for n in range(120):
+        liked = example(f"Question {n * 7919}?", kind="unpaired", rejected=None, reason="thumb", user=f"u{n}")
+        disliked = example(f"Question {n * 7919}?", kind="unpaired", chosen=None, reason="thumb", user=f"u{n + 1}")
+        same = example(f"Question {n * 7919}?", kind="unpaired", rejected=None, reason="thumb", user=f"u{n + 2}")
+        rows += votes(*(replace(one, users=(who(one),)) for one in (liked, disliked, same)))
+    found = curated(rows, held_out=0.3)
+    sides: dict[str, set[str]] = {}
+    for one in found.examples:
+        for name in one.users:
+            sides.setdefault(name, set()).add(one.split)
+    assert {split for both in sides.values() for split in both} == {"train", "held_out"}
+    assert all(len(both) == 1 for both in sides.values())
+
+
+def test_a_vote_of_one_side_on_an_answer_of_the_other_is_left_out() -> None:
+    rows = [Vote(example(f"{n * 7919} what?", user=f"u{n}"), 1.0, owners=(f"default/u{n + 1}",)) for n in range(60)]
+    found = curated(rows, held_out=0.5)
+    aside = held_out_people({f"default/u{n}" for n in range(61)}, 0.5, "understudy")
+    mixed = sum((f"default/u{n}" in aside) != (f"default/u{n + 1}" in aside) for n in range(60))
+    assert dropped(found)["between"] == mixed > 0
 
 
 # How much each counts
@@ -398,9 +522,36 @@ def test_an_arm_that_was_seldom_drawn_counts_as_if_all_had_been_alike_up_to_the_
     assert found[0.001] / found[0.2] == pytest.approx(1.0)
 
 
+def test_instructions_that_differ_make_another_prompt() -> None:
+    def told(how: str, one: Example) -> Example:
+        messages = [{"role": "system", "content": how}, *one.messages]
+        return replace(one, messages=messages, id=example_id(one.kind, messages, one.chosen, one.rejected))
+
+    one = example()
+    other = example(chosen=one.rejected, rejected=one.chosen, user="ben")
+    found = curated(votes(told("Answer in English", one), told("Do not know", other)))
+    assert len(found.examples) == 2
+
+
+def test_what_people_found_equal_comes_back_as_no_pair() -> None:
+    ties = [Vote(example(user=f"u{n}"), 1.0, tie=True) for n in range(5)]
+    up = example(kind="unpaired", rejected=None, reason="thumb", user="ann")
+    down = example(kind="unpaired", chosen=None, reason="thumb", user="ben")
+    assert [row.kind for row in curated([*ties, *votes(up, down)]).examples] == ["unpaired", "unpaired"]
+
+
+def test_many_votes_on_one_prompt_cost_little() -> None:
+    texts = [f"{n * 7919}" for n in range(4000)]
+    cast = [example(chosen=text, kind="unpaired", rejected=None, reason="thumb", user=text) for text in texts[::2]]
+    cast += [example(chosen=None, rejected=text, kind="unpaired", reason="thumb", user=text) for text in texts[1::2]]
+    assert sum(row.kind == "pair" for row in curated(votes(*cast)).examples) == 4
+
+
 def test_longer_and_shorter_preferred_answers_have_the_same_weight() -> None:
     rows = [example(f"p{n}", "a long and winding answer to it all", "short one", user=f"u{n}") for n in range(60)]
-    rows += [example(f"q{n}", "short", "a long and winding answer to it all", user=f"v{n}") for n in range(40)]
+    rows += [
+        example(f"q{n}", "short", "a long and winding answer to it all", user=f"v{n}", weight=3.0) for n in range(20)
+    ]
     sums = Counter[int]()
     for one in weigh(rows, {}, 5.0):
         sums[longer(one)] += one.weight  # type: ignore[assignment]

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from learner import shards
 from learner.dataset import NothingToLearn, Source, build, explain, look
+from learner.erase import erase
 from learner.plan import DatasetPolicy
 from telemetry.errors import UnderstudyError
 from telemetry.events import Fact, Interaction
@@ -90,6 +92,30 @@ def test_facts_in_another_order_and_another_process_give_the_same_bytes(tmp_path
     }
 
 
+def test_an_event_that_was_sent_again_counts_by_its_time_whatever_order_it_came_in(tmp_path: Path) -> None:
+    facts = chats()
+    for n, fact in enumerate(list(facts)):
+        if not isinstance(fact, Interaction) and n % 3 == 0:
+            changed = {"value": 1.0 - (fact.value or 0.0), "received_at": fact.received_at + 30.0}
+            facts.append(msgspec.structs.replace(fact, **changed))
+    first = build(source(tmp_path / "a.db", facts), policy(), tmp_path / "a")
+    random.Random(4).shuffle(facts)
+    second = build(source(tmp_path / "b.db", facts), policy(), tmp_path / "b")
+    assert second.hash == first.hash
+
+
+def test_a_damaged_dataset_is_built_again_and_one_with_erased_data_is_not(tmp_path: Path) -> None:
+    own = source(tmp_path / "j.db", chats())
+    built = build(own, policy(), tmp_path / "out")
+    shard = next(built.folder.glob("train-*.jsonl"))
+    shard.write_bytes(b"")
+    assert build(own, policy(), tmp_path / "out").folder == built.folder
+    assert len(list(shards.read(built.folder))) == 60
+    erase(built.folder, lambda one: one.user == "u3")
+    with pytest.raises(shards.BadDataset, match="had data erased"):
+        build(own, policy(), tmp_path / "out")
+
+
 def test_parquet_holds_the_same_examples(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     own = source(tmp_path / "j.db", chats())
@@ -121,8 +147,6 @@ def test_what_is_too_old_or_before_the_window_is_not_used(tmp_path: Path) -> Non
 
 
 def _moved(fact: Fact, seconds: float) -> Fact:
-    import msgspec
-
     if isinstance(fact, Interaction):
         return msgspec.structs.replace(fact, at=fact.at + seconds)
     return msgspec.structs.replace(fact, at=fact.at + seconds, received_at=fact.received_at + seconds)
@@ -216,7 +240,9 @@ def test_goldens_do_not_come_through(tmp_path: Path) -> None:
     prompts = [fact.messages[0]["content"] for fact in facts if isinstance(fact, Interaction)]
     (tmp_path / "g.yaml").write_text("\n".join(f"- prompt: {prompt.upper()}" for prompt in prompts[:20]))
     built = build(source(tmp_path / "j.db", facts), policy(goldens=[str(tmp_path / "g.yaml")]), tmp_path / "out")
-    assert len(list(shards.read(built.folder))) == 30
+    learned = {one.messages[0]["content"] for one in shards.read(built.folder)}
+    assert learned
+    assert not learned & set(prompts[:20])
     assert built.manifest["goldens"]["texts"] == 10
 
 

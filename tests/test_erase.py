@@ -62,8 +62,21 @@ def test_erasing_that_was_interrupted_is_finished_by_the_next(tmp_path: Path) ->
     (built.folder / "manifest.json").write_bytes(manifest)  # killed between shards and manifest
     with pytest.raises(shards.BadDataset, match="was changed"):
         list(shards.read(built.folder))
-    assert erase(built.folder, gone) == 3
+    registry = Registry(SqliteStore(tmp_path / "s.db"))
+    assert erase_everywhere(tmp_path / "learner", registry, "assistant", gone, "asked")[0] == 3
     assert len(list(shards.read(built.folder))) == 57
+
+
+def test_a_missing_shard_and_what_a_killed_build_left_stop_nobody_from_being_forgotten(tmp_path: Path) -> None:
+    built, _, registry, version = made(tmp_path)
+    left = tmp_path / "learner" / "datasets" / ".building-x"
+    left.mkdir()
+    (left / "train-pair-00000.jsonl").write_text("what somebody said")
+    next(built.folder.glob("held_out-*")).unlink()
+    _, names = erase_everywhere(tmp_path / "learner", registry, "assistant", lambda one: one.user == "u3", "asked")
+    assert names == [version.name]
+    assert not left.exists()
+    assert not [one for one in shards.read(built.folder) if one.user == "u3"]
 
 
 def test_parquet_loses_them_too(tmp_path: Path) -> None:

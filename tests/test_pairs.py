@@ -172,6 +172,8 @@ def test_an_answer_to_a_rephrased_question_is_not_chosen_for_the_old_one() -> No
         ({"finish_reason": "length"}, {}),
         ({"tool_calls": [{"name": "search"}]}, {}),
         ({"choices": 2}, {}),
+        ({"finish_reason": "content_filter"}, {}),
+        ({"previous": "resp_1", "endpoint": "responses"}, {}),
         ({"at": 0.0}, {"text_after": 1_700_000_001.0}),
     ],
 )
@@ -182,6 +184,37 @@ def test_an_answer_that_may_not_or_cannot_be_learned_from_is_counted_with_the_re
     found = heard([answer], [said("thumb", answer, 1.0)], **rules)
     assert found.votes == []
     assert sum(found.unusable.values()) == 1
+
+
+def test_what_came_after_a_no_may_repeat_what_was_said_then() -> None:
+    first = asked("My number is 12", "Thank you.", consent="none")
+    later = asked("What is a carrot?", GOOD, at=60.0, consent="train")
+    assert heard([first, later], [said("thumb", later, 1.0)]).votes == []
+
+
+def test_an_edit_that_came_in_a_request_whose_user_said_no_is_not_learned() -> None:
+    first = asked("What is a carrot?", "A carrot is a fruit, and I like carrots.", consent="train")
+    turns = [*first.messages, {"role": "assistant", "content": "A carrot is a vegetable, and I like carrots."}]
+    later = asked([*turns, {"role": "user", "content": "And a pea?"}], "A seed.", at=60.0, consent="serve")
+    (signal,) = [s for s in detect(first, later, [first]) if s.kind == "edit"]
+    assert heard([first, later], [signal]).votes == []
+
+
+@pytest.mark.parametrize(
+    "messages", [[{"role": ["user"], "content": "x"}], [None], "x", [{"role": "user", "content": [1]}]]
+)
+def test_messages_of_any_shape_are_no_crash(messages: Any) -> None:
+    answer = asked("What?", GOOD)
+    import msgspec
+
+    odd = msgspec.structs.replace(answer, messages=messages)
+    assert heard([odd], [said("thumb", odd, 1.0)]).votes == []
+
+
+def test_an_answer_that_only_ends_what_the_app_began_is_not_learned() -> None:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A carrot"}]
+    answer = asked(turns, " is a vegetable.")
+    assert heard([answer], [said("thumb", answer, 1.0)]).votes == []
 
 
 def test_consent_to_training_is_enough_where_it_must_be_said() -> None:

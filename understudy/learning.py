@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from learner import answers, clusters
 from learner.cycle import Workshop
 from learner.dataset import Source
 from learner.lineage import Archive
-from learner.plan import DatasetPolicy, Learner
+from learner.plan import DatasetPolicy, Learner, Runner
 from learner.registry import Registry
 from learner.rounds import owner_name
 from learner.serving import Fleet, Replica
@@ -90,7 +91,22 @@ def workshop(settings: Settings, route: str, journal: Journal, store: Store) -> 
         generate=answers.peft(str(plan.runner.python) if plan.runner.python else None, plan.threads),
         owner=owner_name(),
         threads=plan.threads,
+        gpu=gpu_for(plan.runner),
     )
+
+
+def gpu_for(runner: Runner) -> tuple[bool, int | None]:
+    """Whether a runner trains on GPUs, and how many bytes one has where that can be known."""
+    if runner.kind == "kubernetes":
+        return runner.gpus > 0, None
+    if runner.kind == "skypilot":
+        return runner.accelerators is not None, None
+    try:
+        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        return bool(said), int(said[0]) << 20 if said else None
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return False, None
 
 
 def archive(settings: Settings, route: str, journal: Journal, store: Store) -> Archive:
