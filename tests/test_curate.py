@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversations import START, asked, said
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -24,7 +25,6 @@ from learner.plan import DatasetPolicy
 from learner.refusals import refuses
 from learner.split import divide, prompt_clusters
 from learner.weigh import longer, weigh
-from tests.conversations import START, asked, said
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 UNTIL = START + 10 * 86400.0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from conversations import START, asked, compared, journal, said
 
 from learner import shards
 from learner.dataset import NothingToLearn, Source, build, explain, look
@@ -20,7 +21,6 @@ from learner.plan import DatasetPolicy
 from telemetry.errors import UnderstudyError
 from telemetry.events import Fact, Interaction
 from telemetry.journal import Journal
-from tests.conversations import START, asked, compared, journal, said
 
 DAY = 86400.0
 WORDS = ["river", "stone", "garden", "window", "lantern", "copper", "valley"]

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from test_dataset import chats, policy, source
 
 from learner import shards
 from learner.dataset import Built, build
@@ -16,7 +17,6 @@ from learner.registry import Registry, Version
 from router.store_sqlite import SqliteStore
 from telemetry.events import Interaction
 from telemetry.journal import Journal
-from tests.test_dataset import chats, policy, source
 from understudy.forget import forget
 
 
@@ -118,7 +118,7 @@ def test_forgetting_a_user_says_which_versions_hold_their_data(tmp_path: Path) -
 
 
 def _chat(n: int, user: str) -> list[object]:
-    from tests.test_dataset import chat
+    from test_dataset import chat
 
     return list(chat(n, user))
 

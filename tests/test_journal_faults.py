@@ -20,8 +20,8 @@ from conftest import eventually
 from telemetry.errors import StateError, StateReadOnly, StateUnavailable, StateVersion
 from telemetry.events import Answerer, Fact, Interaction, Signal, encode
 from telemetry.journal import MIGRATIONS, Journal
-from telemetry.writer import JournalWriter
 from telemetry.sqlite import connect, transaction
+from telemetry.writer import JournalWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 

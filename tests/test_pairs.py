@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from conversations import asked, compared, said
 
 from learner.pairs import Harvest, Rules, Vote, harvest, prompt_of
 from telemetry.events import Interaction, Signal
 from telemetry.signals import detect
-from tests.conversations import asked, compared, said
 
 GOOD, BAD = "A carrot is a vegetable.", "I am not sure."
 
