@@ -119,6 +119,8 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, dict[str, Any]], None]]:
                 return
             if not event:
                 console.print(f"· {STEPS.get(step, step)}")
+            elif step == "train" and "held_out_loss" in event:
+                console.print(f"  {_looked(event)}")
             elif step == "train" and event.get("of"):
                 task = bar.add_task("training", total=event["of"]) if task is None else task
                 bar.update(task, completed=event.get("step", 0), description=escape(_live(event)))
@@ -130,6 +132,14 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, dict[str, Any]], None]]:
                 console.print(f"  [yellow]{escape(str(note))}[/]")
 
         yield say
+
+
+def _looked(event: Mapping[str, Any]) -> str:
+    """A look at the held-out set; how much less likely preferred answers became is the alarm."""
+    said = f"step {event.get('step')}: held-out accuracy {event.get('held_out_accuracy', 0):.1%}"
+    said += f", loss {event['held_out_loss']:.4f}"
+    fall = event.get("held_out_fall", 0.0)
+    return said + (f", [red]preferred answers fell by {fall:.2f} nats a token[/]" if fall > 0 else "")
 
 
 def _live(event: Mapping[str, Any]) -> str:
