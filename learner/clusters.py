@@ -36,7 +36,7 @@ from learner.runners import (
     work_of,
     write,
 )
-from learner.spec import Artifact, TrainingFailed, TrainSpec
+from learner.spec import Artifact, TrainingFailed, TrainingInterrupted, TrainSpec
 
 
 class KubernetesJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,15 +146,13 @@ def planned(plan: Plan, folder: Path) -> Runner:
     """The runner that the config asks for. `folder` is the learner's."""
     if plan.kind == "local":
         return Local(None if plan.python is None else str(plan.python))
-    mount = os.path.abspath(folder)
-    if plan.volume is None:
-        raise TrainingFailed(f"runner.volume is needed where runner.kind is {plan.kind}: what holds {mount} there")
+    mount = str(folder.resolve())
     if plan.kind == "kubernetes":
         return KubernetesJob(
-            image=plan.image or "", volume=plan.volume, mount=mount, namespace=plan.namespace, gpus=plan.gpus
+            image=plan.image or "", volume=plan.volume or "", mount=mount, namespace=plan.namespace, gpus=plan.gpus
         )
     return SkyPilot(
-        storage=plan.volume, mount=mount, accelerators=plan.accelerators, infra=plan.cloud, image=plan.image
+        storage=plan.volume or "", mount=mount, accelerators=plan.accelerators, infra=plan.cloud, image=plan.image
     )
 
 
@@ -355,7 +353,7 @@ def ask(program: str, *words: str, body: str | None = None, limit: float = 120.0
     try:
         done = subprocess.run([path, *words], input=body, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
-        raise TrainingFailed(f"`{program} {' '.join(words)}` did not end in {limit:g} s") from None
+        raise TrainingInterrupted(f"`{program} {' '.join(words)}` did not end in {limit:g} s") from None
     if done.returncode:
-        raise TrainingFailed(f"`{program} {' '.join(words)}` failed: {last_line(done.stderr or done.stdout)}")
+        raise TrainingInterrupted(f"`{program} {' '.join(words)}` failed: {last_line(done.stderr or done.stdout)}")
     return done.stdout

@@ -28,14 +28,15 @@ from learner.answers import Generate
 from learner.due import Due, Facts, due, not_yet
 from learner.erase import erase_everywhere
 from learner.lint import lint
+from learner.loaded import Left, Stage, changed, keep, reconcile, take_off
 from learner.plan import Learner
 from learner.recipes import parameters_of, recipe
-from learner.registry import Registry, Version
-from learner.rounds import Busy, Round, last_round, working
+from learner.registry import Registry, Unknown, Version
+from learner.rounds import Busy, Round, State, last_round, working
 from learner.runners import Event, Runner
 from learner.serving import Fleet
-from learner.shards import manifest, manifest_hash, read
-from learner.spec import Artifact, Hyper, Method, TrainSpec
+from learner.shards import MANIFEST, dataset_name, manifest, manifest_hash, read
+from learner.spec import Artifact, Hyper, Method, TrainingInterrupted, TrainSpec
 from router.store import Documents
 from telemetry.errors import StateError, UnderstudyError
 
@@ -54,7 +55,10 @@ class Refused(UnderstudyError):
     """A round that must not go on: the message says why, and what to do."""
 
 
-PASSING = (Busy, Interrupted, StateError, serving.Unreachable, serving.Full, serving.InUse)
+PASSING = (Busy, Interrupted, StateError, TrainingInterrupted, serving.Unreachable, serving.Full, serving.InUse)
+MOST_TRIES = 5
+"""Interruptions of a round by what is not just away; then it has failed."""
+GREETING = [{"role": "user", "content": "Hello"}]
 
 
 class Workshop(NamedTuple):
@@ -71,6 +75,8 @@ class Workshop(NamedTuple):
     threads: int = 2
     gpu: tuple[bool, int | None] = (False, None)
     """Whether training has one, and its bytes of memory if they are known."""
+    arms: frozenset[str] = frozenset()
+    """Models of the route's arms."""
 
     @property
     def registry(self) -> Registry:
@@ -79,6 +85,10 @@ class Workshop(NamedTuple):
     @property
     def folder(self) -> Path:
         return self.plan.folder.resolve()
+
+    @property
+    def stage(self) -> Stage:
+        return Stage(self.route, self.registry, self.fleet, self.arms)
 
 
 Say = Callable[[str, Event], None]
@@ -107,25 +117,45 @@ def once(shop: Workshop, say: Say, force: bool = False, now: Callable[[], float]
             while state.round.active:
                 say(state.round.step, {})
                 state.put(steps[state.round.step](shop, state.round, say))
-        except PASSING:
-            raise
-        except OSError as error:
-            raise Interrupted(f"step {state.round.step} was interrupted ({error}); the next try goes on") from error
-        except UnderstudyError as error:
-            state.put(replace(state.round, step="failed", why=str(error), ended=now()))
-            raise
-        state.put(replace(state.round, ended=now()))
+        except (UnderstudyError, OSError) as error:
+            raise _ended(state, error, now()) from error
+        state.put(replace(state.round, ended=now(), until=state.round.reaches, tries=0))
         return state.round
+
+
+def _ended(state: State, error: UnderstudyError | OSError, now: float) -> UnderstudyError:
+    """What to say of a step that failed; the round stays where it is if that may pass by itself, at most a few times.
+
+    What was refused was learned from all the same: the same facts would be refused again.
+    """
+    round, said = state.round, str(error)
+    if isinstance(error, Busy):
+        return error
+    if isinstance(error, PASSING) or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
+        waits = isinstance(error, (StateError, serving.Unreachable)) or round.tries < MOST_TRIES
+        if waits:
+            _keep(state, replace(round, tries=round.tries + 1, why=said))
+            return error if isinstance(error, UnderstudyError) else Interrupted(f"step {round.step}: {said}; try again")
+    reaches = round.reaches if isinstance(error, Refused) and round.reaches else round.until
+    _keep(state, replace(round, step="failed", why=said, ended=now, until=reaches))
+    return error if isinstance(error, UnderstudyError) else Refused(said)
+
+
+def _keep(state: State, round: Round) -> None:
+    with suppress(StateError, Busy):  # what went wrong before is what must be said
+        state.put(round)
 
 
 def _dataset(shop: Workshop, round: Round, say: Say) -> Round:
     built = dataset.build(shop.source, shop.plan.dataset, shop.folder / "datasets")
     say("dataset", {"folder": str(built.folder), "examples": built.manifest["examples"]})
-    until = float(built.manifest["journal"]["until"])
-    return replace(round, step="train", dataset=str(built.folder), until=until, spec=plan_run(shop, built.folder))
+    reaches = float(built.manifest["journal"]["until"])
+    return replace(round, step="train", dataset=str(built.folder), reaches=reaches, spec=plan_run(shop, built.folder))
 
 
 def _train(shop: Workshop, round: Round, say: Say) -> Round:
+    if round.spec is None or _lost_examples(round.spec):
+        return replace(round, step="dataset", spec=None)
     artifact = _artifact(shop, round, say)
     if artifact.collapsed:
         raise Refused(
@@ -135,9 +165,15 @@ def _train(shop: Workshop, round: Round, say: Say) -> Round:
     return replace(round, step="register")
 
 
+def _lost_examples(spec: TrainSpec) -> bool:
+    """Whether text that must go was taken out of the dataset since it was built."""
+    data = Path(spec.dataset)
+    erased = (data / MANIFEST).is_file() and dataset_name(data) == spec.dataset_hash != manifest_hash(data)
+    return erased and not Path(spec.output).exists()
+
+
 def _artifact(shop: Workshop, round: Round, say: Say) -> Artifact:
-    if round.spec is None:
-        raise Refused("the round has no training spec; begin another one with `understudy learn once --force`")
+    assert round.spec is not None
     return shop.runner.run(round.spec, lambda event: say("train", event))
 
 
@@ -162,84 +198,119 @@ def _register(shop: Workshop, round: Round, say: Say) -> Round:
         metrics=artifact.metrics,
     )
     version = shop.registry.register(new, shop.folder / "versions")
+    if why := shop.registry.tags(version.name).get("dropped"):
+        raise Refused(
+            f"it came out as {version.name}, which was dropped ({why}); change learner.seed or wait for new facts"
+        )
     registry.install(Path(artifact.folder), version)
     return replace(round, step="serve", version=version.name)
 
 
 def _serve(shop: Workshop, round: Round, say: Say) -> Round:
     version = shop.registry.version(round.version)
-    if (now := hashes.base_hash(hashes.located(version.base))) != version.base_hash:
-        was = version.base_hash[:12]
-        raise Refused(f"the base at {version.base} changed under {version.name}: it is {now[:12]}, and was {was}")
-    expected = expected_answers(shop, version, Path(round.dataset))
-    loaded = serving.load(shop.fleet, version, needed=keep(shop))
+    if why := changed(version):
+        raise Refused(why)
+    serving.load(shop.fleet, version, needed=keep(shop.stage))
     try:
-        for replica in shop.fleet.replicas:
-            found = serving.agreement(replica, version.name, expected)
-            say("serve", {"replica": replica.url, "agreement": found.share, "tokens": found.tokens})
-            if not found.holds():
-                raise Refused(
-                    f"{replica.url} says {found.share:.1%} of PEFT's tokens with {version.name}; the adapter is felt "
-                    f"in {found.telling_equal} of {found.telling} places, and {found.prompts_equal} of {found.prompts} "
-                    "prompts are the same: is its base, template or dtype another one?"
-                )
-            serving.warm(replica, version.name)
-    except BaseException:
-        for replica in loaded:
-            with suppress(serving.ServingFailed):  # why it came to this is what must be said
-                serving.unload(replica, version.name, tuple)
+        _prove(shop, version, Path(round.dataset), say)
+        shop.registry.served(version.name, version.adapter_hash)
+        if not shop.registry.move(shop.route, "challenger", version.name, None) and (
+            shop.registry.alias(shop.route, "challenger") != version.name
+        ):
+            raise Refused(f"route {shop.route} has got another challenger meanwhile; one at a time")
+    except serving.Unreachable:
+        raise  # it is tried again when the replica is back
+    except UnderstudyError:
+        if version.name not in keep(shop.stage):
+            with suppress(Left):  # why it came to this is what must be said
+                take_off(shop.stage, [version.name])
         raise
-    shop.registry.served(version.name, version.adapter_hash)
-    if not shop.registry.move(shop.route, "challenger", version.name, None) and (
-        shop.registry.alias(shop.route, "challenger") != version.name
-    ):
-        raise Refused(f"route {shop.route} has got another challenger meanwhile; one at a time")
     return replace(round, step="done")
 
 
+def _prove(shop: Workshop, version: Version, data: Path, say: Say) -> None:
+    """Each replica says with the version what PEFT says, and has it still when all were asked."""
+    expected = expected_answers(shop, version, data)
+    for replica in shop.fleet.replicas:
+        try:
+            found = serving.agreement(replica, version.name, expected)
+            serving.warm(replica, version.name)
+        except serving.ServingFailed as error:
+            _check_there(shop, version)
+            raise error
+        say("serve", {"replica": replica.url, "agreement": found.share, "tokens": found.tokens})
+        if not found.holds():
+            raise Refused(
+                f"{replica.url} says {found.share:.1%} of PEFT's tokens with {version.name}; the adapter is felt "
+                f"in {found.telling_equal} of {found.telling} places, and {found.prompts_equal} of {found.prompts} "
+                "prompts are the same: is its base, template or dtype another one?"
+            )
+    _check_there(shop, version)
+
+
+def _check_there(shop: Workshop, version: Version) -> None:
+    for replica in shop.fleet.replicas:
+        if version.name not in serving.listing(replica).adapters:
+            raise serving.Unreachable(f"{replica.url} was restarted while {version.name} was compared; try again")
+
+
 def expected_answers(shop: Workshop, version: Version, data: Path) -> list[serving.Expected]:
-    """What PEFT says to prompts that were held out."""
-    prompts = [one.messages for one in read(data) if one.split == "held_out"][:CHECKED]
-    prompts = prompts or [[{"role": "user", "content": "Hello"}]]
+    """What PEFT says to held-out prompts, the shorter ones, as far as they fit what was trained."""
+    held_out = sorted((one.messages for one in read(data) if one.split == "held_out"), key=_size)
+    prompts = held_out[:CHECKED] or [GREETING]
+    longest = int(version.spec.get("hyper", {}).get("max_length", 0)) or CHECKED_TOKENS
     said = shop.generate(version.base, str(version.adapter), prompts, CHECKED_TOKENS)
-    return [
+    found = [
         serving.Expected(one["prompt_ids"], one["token_ids"], messages)
         for one, messages in zip(said, prompts, strict=True)
+        if len(one["prompt_ids"]) <= longest
     ]
+    if not found:
+        raise Refused(f"no held-out prompt is short enough ({longest} tokens) to compare the replicas on")
+    return found
 
 
-def keep(shop: Workshop) -> list[str]:
-    """Versions of the route that stay loaded."""
-    return [name for name in shop.registry.aliases(shop.route).values() if name]
+def _size(messages: list[dict[str, Any]]) -> tuple[int, str]:
+    text = str(messages)
+    return len(text), text
+
+
+def drop(shop: Workshop, why: str, now: Callable[[], float] = time.time) -> Round:
+    """Give up the round under way or its challenger: taken off the replicas, kept in the registry with the reason.
+
+    Raises Refused where an arm of the config still draws it, Left where a replica still has it.
+    """
+    with working(shop.documents, shop.route, shop.owner, now) as state:
+        under_way = state.round.version if state.round.active else ""
+        named = (shop.registry.alias(shop.route, "challenger"), under_way)
+        names = [name for name in dict.fromkeys(named) if name]
+        if not names and not state.round.active:
+            raise Refused(
+                f"route {shop.route} has neither a round under way nor a challenger; there is nothing to drop"
+            )
+        if drawn := shop.arms.intersection(names):
+            raise Refused(f"an arm of route {shop.route} draws {', '.join(drawn)}; take it out of the config first")
+        for name in names:
+            with suppress(Unknown):
+                shop.registry.tag(name, "dropped", why)
+            shop.registry.move(shop.route, "challenger", None, name)
+        reaches = max(state.round.until, state.round.reaches)
+        state.put(replace(state.round, step="dropped", why=why, ended=now(), until=reaches))
+        take_off(shop.stage, names)
+        return state.round
 
 
 def expire(shop: Workshop, now: float) -> int:
     """Take the text that has been kept long enough out of datasets; how many examples went. `now`: Unix seconds."""
     before = now - shop.source.retention
     why = "data that it was trained on was too old to be kept"
-    return erase_everywhere(shop.folder, shop.registry, shop.route, lambda one: one.text_from < before, why)[0]
+    return erase_everywhere(shop.folder, shop.registry, lambda one: one.text_from < before, why)[0]
 
 
-def reconcile(shop: Workshop) -> serving.Reconciled:
-    """Load the versions that have a part on replicas that were restarted."""
-    return serving.reconcile(shop.fleet, [shop.registry.version(name) for name in keep(shop)])
-
-
-def drop(shop: Workshop, why: str, now: Callable[[], float] = time.time) -> Round:
-    """Give up the round under way or its challenger: taken off the replicas, kept in the registry with the reason."""
-    with working(shop.documents, shop.route, shop.owner, now) as state:
-        name = shop.registry.alias(shop.route, "challenger")
-        if name is None and not state.round.active:
-            raise Refused(
-                f"route {shop.route} has neither a round under way nor a challenger; there is nothing to drop"
-            )
-        if name is not None:
-            shop.registry.tag(name, "dropped", why)
-            shop.registry.move(shop.route, "challenger", None, name)
-            for replica in shop.fleet.replicas:
-                serving.unload(replica, name, lambda: keep(shop))
-        state.put(replace(state.round, step="dropped", why=why, ended=now()))
-        return state.round
+def replicas_kept(shop: Workshop) -> serving.Reconciled:
+    """Load what replicas miss that were restarted, and take off what has no part any more."""
+    last = last_round(shop.documents, shop.route)
+    return reconcile(shop.stage, [last.version] if last.active and last.version else [])
 
 
 def reproduce(shop: Workshop, name: str, out: Path, say: Say) -> tuple[Version, Artifact]:
@@ -250,8 +321,12 @@ def reproduce(shop: Workshop, name: str, out: Path, say: Say) -> tuple[Version, 
     version = shop.registry.version(name)
     spec = msgspec.convert(version.spec, TrainSpec)
     data = dataset_of(shop.folder / "datasets", version.dataset) or Path(spec.dataset)
-    if not (data / "manifest.json").is_file() or manifest_hash(data) != version.dataset:
+    if not (data / MANIFEST).is_file() or manifest_hash(data) != version.dataset:
         raise Refused(f"{name} was trained on dataset {version.dataset[:12]}, which is gone or had data erased since")
+    if why := changed(version):
+        raise Refused(why)
+    if out.exists():
+        raise Refused(f"{out} is there already; name a folder to be made")
     again = replace(spec, dataset=str(data), output=str(out.resolve()), run_name=f"{name} again")
     return version, shop.runner.run(again, lambda event: say("train", event))
 
@@ -264,6 +339,7 @@ def dataset_of(folder: Path, wanted: str) -> Path | None:
 def plan_run(shop: Workshop, data: Path) -> TrainSpec:
     """The whole run, decided before it begins."""
     base, plan = hashes.located(shop.plan.base), shop.plan
+    named = str(base.resolve()) if Path(plan.base).is_dir() else plan.base
     counts = manifest(data)["examples"]["train"]
     paired, single = counts["pair"] + counts["correction"], counts["unpaired"]
     method = plan.method if plan.method != "auto" else method_for(paired, single)
@@ -280,7 +356,7 @@ def plan_run(shop: Workshop, data: Path) -> TrainSpec:
     start = shop.registry.version(champion).adapter if plan.start == "champion" and champion else None
     name = manifest_hash(data)
     spec = TrainSpec(
-        base=plan.base,
+        base=named,
         base_hash=hashes.base_hash(base),
         dataset=str(data),
         dataset_hash=name,

@@ -41,6 +41,8 @@ AT_ONCE = 200
 """Sessions that are read at once."""
 FEWEST_USERS = 2
 WEEK = 7 * 86400.0
+MARGIN = 2 * 86400.0
+"""Seconds of the retention that a dataset leaves for the training."""
 ABANDONED = 3600.0
 """Seconds after which a build that was not finished never will be."""
 
@@ -139,7 +141,9 @@ def _read(source: Source, policy: DatasetPolicy, until: float, last: int) -> tup
 def _harvested(
     source: Source, policy: DatasetPolicy, until: float, last: int, sessions: Sequence[tuple[str, str]]
 ) -> Harvest:
-    rules = Rules(policy.consent == "assumed", until - source.retention)
+    # Text that is nearly too old would have to leave the dataset before it was trained on.
+    kept = source.retention - min(MARGIN, source.retention / 10)
+    rules = Rules(policy.consent == "assumed", until - kept)
     start = _start(source, policy, until)
     found, seen = Harvest(), set[tuple[object, ...]]()
     for begins in range(0, len(sessions), AT_ONCE):

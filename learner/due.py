@@ -45,7 +45,7 @@ def not_yet(facts: Facts, plan: Learner, force: bool = False) -> Due | None:
     """What keeps a round from beginning whatever there is to learn: a challenger, or a round shortly before."""
     if facts.challenger is not None:
         return Due(None, f"{facts.challenger} is the challenger: decide about it first (`understudy learn drop`)")
-    if not force and facts.last_began and facts.now < facts.last_began + plan.min_interval:
+    if not force and 0 < facts.last_began <= facts.now < facts.last_began + plan.min_interval:
         hours = (facts.last_began + plan.min_interval - facts.now) / 3600
         return Due(None, f"the last round began too lately; the next one may in {hours:.1f} h")
     return None

@@ -6,16 +6,19 @@ on any more, for it is another one: the versions that it made are named, so that
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from learner import shards
-from learner.dataset import sweep
 from learner.examples import Example, decode
 from learner.lineage import datasets
 from learner.registry import Registry
+
+log = logging.getLogger("understudy.learner")
 
 
 def erase(folder: Path, gone: Callable[[Example], bool]) -> int:
@@ -45,30 +48,36 @@ def erase(folder: Path, gone: Callable[[Example], bool]) -> int:
 
 
 def erase_everywhere(
-    learner: Path, registry: Registry, route: str, gone: Callable[[Example], bool], why: str
+    learner: Path, registry: Registry, gone: Callable[[Example], bool], why: str
 ) -> tuple[int, list[str]]:
     """`erase` from all datasets of a learner's folder; how many examples, and the versions that had learned from them.
 
-    Such a version is tagged with the reason.
+    Such a version is tagged with the reason. A dataset that cannot be read cannot be kept either: it may hold what must
+    go. So it is taken away, and its versions are named too.
     """
     erased, touched = 0, []
-    sweep(learner / "datasets", 0.0)
     for folder in datasets(learner):
-        if _concerns(folder, gone):
+        try:
+            if not _concerns(folder, gone):
+                continue
             name = shards.dataset_name(folder)
-            own = [one.name for one in registry.versions(route) if one.dataset == name]
-            for version in own:  # before: what was erased cannot tell any more whom it concerns
-                registry.tag(version, "erased", why)
-            touched += own
-            erased += erase(folder, gone)
+        except (shards.BadDataset, OSError) as error:
+            log.warning("%s cannot be read (%s), and is taken away", folder, error)
+            shutil.rmtree(folder)
+            continue
+        own = registry.trained_on(name)
+        for version in own:  # before: what was erased cannot tell any more whom it concerns
+            registry.tag(version, "erased", why)
+        touched += own
+        erased += erase(folder, gone)
     return erased, touched
 
 
 def _concerns(folder: Path, gone: Callable[[Example], bool]) -> bool:
-    """Whether a dataset has something that must go, or lost it already without saying so."""
+    """Whether a dataset has something that must go, or lost it already without saying so. Raises BadDataset."""
     for shard in shards.manifest(folder)["shards"]:
         lines = _lines(folder, shard)
-        if shards.digest(lines) != shard["sha256"] or any(gone(decode(line)) for line in lines):
+        if shards.digest(lines) != shard["sha256"] or any(map(gone, shards.examples(lines))):
             return True
     return False
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from learner.checkpoints import Checkpoints
 from learner.examples import SPLITS
-from learner.hashes import base_hash, located
+from learner.hashes import base_hash, located, template_hash, tokenizer_hash
 from learner.rows import Row, encode, ends_of, examples_of
 from learner.spec import Method, TrainingFailed, TrainSpec
 
@@ -83,7 +83,9 @@ def ready(spec: TrainSpec, tokenizer_of: Callable[[Path], Any], gpu: bool, say: 
     work = Path(f"{spec.output}.work") / "training"
     work.mkdir(parents=True, exist_ok=True)
     train = _mixed(rows["train"], spec.seed)
-    job = Job(spec, base, tokenizer, ends, train, rows["held_out"], work, Checkpoints(work / _fingerprint(spec)), say)
+    job = Job(
+        spec, base, tokenizer, ends, train, rows["held_out"], work, Checkpoints(work / _fingerprint(spec, base)), say
+    )
     for note in notes:
         job.note(note)
     if spec.hyper.precision == "bfloat16" and not gpu:
@@ -101,7 +103,8 @@ def reference_path(job: Job) -> Path:
     """Where log-probabilities under the base are kept, by what decides them."""
     spec = job.spec
     key = [spec.base_hash, spec.dataset_hash, spec.hyper.max_length, spec.method, spec.seed, spec.hyper.precision]
-    return job.work / f"reference-{sha256(msgspec.json.encode([*key, spec.hyper.quantize])).hexdigest()[:12]}"
+    key += [spec.hyper.quantize, tokenizer_hash(job.base), template_hash(job.base)]
+    return job.work / f"reference-{sha256(msgspec.json.encode(key)).hexdigest()[:12]}"
 
 
 def _refuse_one_sided(method: Method, split: str, rows: list[Row], left_out: list[str]) -> None:
@@ -118,8 +121,9 @@ def _mixed(rows: list[Row], seed: int) -> list[Row]:
     return [rows[place] for place in np.random.default_rng(seed).permutation(len(rows))]
 
 
-def _fingerprint(spec: TrainSpec) -> str:
+def _fingerprint(spec: TrainSpec, base: Path) -> str:
     """Of all that decides the weights: from another run's checkpoints nothing goes on."""
     same = msgspec.structs.replace(spec, output="", trackers=(), run_name="")
-    cores = os.environ.get("WORLD_SIZE", "1")
-    return sha256(msgspec.json.encode([same, cores, [version(name) for name in PACKAGES]])).hexdigest()[:12]
+    processes = os.environ.get("WORLD_SIZE", "1")
+    text = [tokenizer_hash(base), template_hash(base)]
+    return sha256(msgspec.json.encode([same, text, processes, [version(one) for one in PACKAGES]])).hexdigest()[:12]

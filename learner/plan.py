@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import Field, model_validator
 
-from learner.spec import Loss
+from learner.spec import Hyper, Loss
 from router.policy import Duration, Fraction, FrozenMap, Name, PositiveDuration, Text, Written, fault
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -104,7 +105,18 @@ class Learner(Written):
     seed: int = Field(0, description="Of the training.")
     threads: int = Field(2, ge=1, description="CPU threads of the training; with another number the last bits differ.")
     max_loras: int = Field(3, ge=2, description="As vLLM was started with: adapters that are served at once.")
-    max_lora_rank: int = Field(16, ge=1, description="As vLLM was started with.")
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = Field(16, description="As vLLM was started with.")
     trackers: tuple[Literal["mlflow", "wandb"], ...] = Field((), description="Where runs are logged besides.")
     runner: Runner = Field(default_factory=Runner, description="Where training runs.")
     gate: FrozenMap[str, Any] = Field(default={}, description="What a challenger must pass before any user meets it.")
+
+    @model_validator(mode="after")
+    def _what_is_trained_can_be_served(self) -> Learner:
+        try:
+            rank = msgspec.convert(dict(self.train), Hyper).rank
+        except msgspec.ValidationError as error:
+            keys = ", ".join(Hyper.__struct_fields__)
+            raise fault(f"cannot be used ({error}); the keys are {keys}", "train") from None
+        if rank > self.max_lora_rank:
+            raise fault(f"has a rank of {rank}, more than max_lora_rank; vLLM would not serve it", "train")
+        return self

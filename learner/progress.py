@@ -8,6 +8,7 @@ goes to something that nobody preferred. Margin and accuracy look fine then.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-FALL = 0.5
-"""Nats a token by which held-out chosen answers may become less likely than under the base before it is a collapse.
+FALL = math.log(2)
+"""Nats a token by which held-out chosen answers may become less likely than under the base: each token half as likely.
 
-Healthy runs end above the base or little below it; plain DPO at a rate too high is far past this at its second look
-(`bench/learner_quality.py` prints both)."""
+Sound runs of `bench/learner_quality.py` end between 0.1 above the base and 0.4 below it, collapsed ones were 0.9 to 5
+below at the first look that caught them."""
 BROKEN = 0.25
 """Share of held-out prompts whose answer may be broken where the base's is not."""
 _GRAM = 4
@@ -47,11 +48,12 @@ class Progress(msgspec.Struct, frozen=True):
 
 def looked(before: Progress, step: int, metrics: dict[str, float], patience: int, last: bool) -> Progress:
     """`before` and a look at the held-out set after `step`; `last` if there is no step after it."""
-    loss = metrics["held_out_loss"]
-    better = before.best_loss is None or loss < before.best_loss
+    loss, fall = metrics["held_out_loss"], metrics["held_out_fall"]
+    sound = math.isfinite(loss) and math.isfinite(fall)
+    metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no others
+    better = sound and (before.best_loss is None or loss < before.best_loss)
     since = 0 if better else before.since + 1
-    # Not a number is no loss at all: it compares as not better, and as not fallen.
-    if not metrics["held_out_fall"] <= FALL or loss != loss:
+    if not sound or fall > FALL:
         stopped = "collapsed"
     elif since >= patience:
         stopped = "no longer better"

@@ -144,6 +144,11 @@ class Registry:
         """All of a route's, oldest first."""
         return [version for version in self._numbered(route) if version.route == route]
 
+    def trained_on(self, dataset: str) -> list[str]:
+        """Names of all routes' versions that were trained on a dataset, by its hash."""
+        bodies = [self._documents.read(name) for name in self._documents.names("version/")]
+        return [version.name for body in bodies if body and (version := _version.decode(body)).dataset == dataset]
+
     def alias(self, route: str, alias: Alias) -> str | None:
         return self.aliases(route).get(alias)
 

@@ -26,6 +26,8 @@ from telemetry.errors import UnderstudyError
 SECONDS, LOAD_SECONDS = 60.0, 300.0
 """How long a replica may be silent; adapters may come from a slow disk."""
 
+_AWAY = (429, 502, 503, 504)
+"""What a busy server, or a proxy before one that is starting, answers."""
 _IN_FLIGHT = "vllm:lora_requests_info"
 _SERIES = re.compile(rf"{_IN_FLIGHT}\{{(?P<labels>[^}}]*)\}} (?P<at>\S+)")
 _LABEL = re.compile(r'(?:running|waiting)_lora_adapters="([^"]*)"')
@@ -72,7 +74,7 @@ def listing(replica: Replica) -> Listing:
     cards: Any = _json(replica, "/v1/models", status, body).get("data")
     try:
         base = next(card["id"] for card in cards if not card.get("parent"))
-        return Listing(base, {card["id"]: card.get("root") or "" for card in cards if card.get("parent")})
+        return Listing(base, {card["id"]: str(card.get("root") or "") for card in cards if card.get("parent")})
     except (TypeError, KeyError, AttributeError, StopIteration) as error:
         raise ServingFailed(f"{replica.url}/v1/models lists no base model; is it vLLM?") from error
 
@@ -152,7 +154,7 @@ def _json(replica: Replica, path: str, status: int, body: bytes) -> dict[str, An
         raise ServingFailed(f"{replica.url}{path}: {_said(status, body)}")
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ServingFailed(f"{replica.url}{path} answered no JSON object; is it vLLM?")
@@ -164,7 +166,7 @@ def _said(status: int, body: bytes) -> str:
     try:
         said = json.loads(body)
         words = said["error"]["message"] if "error" in said else said["detail"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         words = body.decode(errors="replace").strip()
     hint = "; set its api_key" if status in (401, 403) else ""
     return f"status {status}, {str(words)[:500] or 'no words'}{hint}"
@@ -182,9 +184,12 @@ def _call(replica: Replica, method: str, path: str, body: object, seconds: float
         payload = None if body is None else json.dumps(body)
         connection.request(method, parts.path.rstrip("/") + path, payload, headers)
         answer = connection.getresponse()
-        return answer.status, answer.read()
+        status, said = answer.status, answer.read()
     except (OSError, http.client.HTTPException) as error:
         why = str(error) or type(error).__name__
         raise Unreachable(f"{replica.url} does not answer {method} {path} ({why}); see whether it runs") from error
     finally:
         connection.close()
+    if status in _AWAY:
+        raise Unreachable(f"{replica.url} cannot answer {method} {path} now ({_said(status, said)})")
+    return status, said

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from learner.spec import TrainSpec
 from router.store import Documents
-from telemetry.errors import UnderstudyError
+from telemetry.errors import StateError, UnderstudyError
 
 Step = Literal["dataset", "train", "register", "serve", "done", "failed", "dropped"]
 LEASE = 60.0
@@ -38,7 +38,11 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     pairs: int = 0
     """Accepted pairs that were new when it began."""
     until: float = 0.0
+    """Of the newest fact that was learned from before it; Unix seconds."""
+    reaches: float = 0.0
     """Of the newest fact that it learns from."""
+    tries: int = 0
+    """How many times its step was interrupted."""
     dataset: str = ""
     spec: TrainSpec | None = None
     version: str = ""
@@ -81,15 +85,32 @@ class State:
             round = replace(round, owner=self._owner if lease else "", lease=ends)
             body = msgspec.json.encode(round)
             if not self._documents.swap(self._name, self._body, body):
-                raise Busy(f"{self._name} was taken over by another process, which goes on with it")
+                self._see_what_stands()
+                if not self._documents.swap(self._name, self._body, body):
+                    raise Busy(f"{self._name} was taken over by another process, which goes on with it")
             self._body, self.round = body, round
+
+    def _see_what_stands(self) -> None:
+        """A write whose answer was lost may have been ours. Raises Busy."""
+        stands = self._documents.read(self._name)
+        if stands is None:
+            raise Busy(f"{self._name} is gone from the store: has it been emptied? Begin the round anew")
+        if decode(stands).owner != self._owner:
+            raise Busy(f"{self._name} was taken over by another process, which goes on with it")
+        self._body = stands
 
     def renew(self) -> None:
         self.put(self.round)
 
 
 def decode(body: bytes | None) -> Round:
-    return msgspec.json.decode(body, type=Round) if body else Round(number=0, step="done", reason="", began=0.0)
+    """A round; one of another version of the code without its spec, which is then made anew."""
+    if body is None:
+        return Round(number=0, step="done", reason="", began=0.0)
+    try:
+        return msgspec.json.decode(body, type=Round)
+    except msgspec.ValidationError:
+        return msgspec.convert(msgspec.json.decode(body) | {"spec": None}, Round)
 
 
 def last_round(documents: Documents, route: str) -> Round:
@@ -106,8 +127,11 @@ def working(documents: Documents, route: str, owner: str, now: Callable[[], floa
     name = _document(route)
     state = State(documents, name, owner, documents.read(name), now)
     held_by, until = state.round.owner, state.round.lease
-    if held_by not in ("", owner) and until > now() and not is_gone(held_by):
-        raise Busy(f"{held_by} works on route {route}; should it be dead, try again in {until - now():.0f} s")
+    if held_by not in ("", owner) and 0 < until - now() <= LEASE and not is_gone(held_by):
+        raise Busy(
+            f"{held_by} (machine:process) works on route {route}, at step {state.round.step}; stop that process first, "
+            f"or, should it be dead, try again in {until - now():.0f} s"
+        )
     state.renew()
     stopping = threading.Event()
     thread = threading.Thread(target=_renewing, args=(state, stopping), name="learning", daemon=True)
@@ -117,21 +141,31 @@ def working(documents: Documents, route: str, owner: str, now: Callable[[], floa
     finally:
         stopping.set()
         thread.join()
-        with suppress(Busy):
+        with suppress(Busy, StateError):
             state.put(state.round, lease=0.0)
 
 
 def owner_name() -> str:
     """Of this process, for others to see."""
-    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+    return f"{_machine()}:{os.getpid()}:{secrets.token_hex(4)}"
+
+
+def _machine() -> str:
+    """Containers may share a host's name, and have processes of their own."""
+    try:
+        return f"{socket.gethostname()}.{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
 
 
 def is_gone(owner: str) -> bool:
     """Whether an owner was a process of this machine that is no more."""
     host, _, rest = owner.partition(":")
     pid = rest.partition(":")[0]
-    if host != socket.gethostname() or not pid.isdigit():
+    if host != _machine() or not pid.isdigit():
         return False
+    if int(pid) == os.getpid():
+        return True  # it had our number before us
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

@@ -22,12 +22,14 @@ import msgspec
 
 from learner import spec as specs
 from learner.hashes import folder_hash
-from learner.spec import Artifact, TrainingFailed, TrainSpec
+from learner.spec import Artifact, TrainingFailed, TrainingInterrupted, TrainSpec
 
 Event = dict[str, Any]
 Say = Callable[[Event], None]
 
 MODULE: Final = "learner.train"
+RETRY: Final = 75
+"""Exit code of a trainer that met something which may pass, as a full disk (EX_TEMPFAIL of sysexits.h)."""
 
 GUARD: Final = """
 import os, signal, subprocess, sys, threading
@@ -81,7 +83,8 @@ class Local(msgspec.Struct, frozen=True):
                 begin = log.tell()
                 code = self._train(spec, lock, log, out, say)
             if code:
-                raise TrainingFailed(self._why(spec, code, begin))
+                kind = TrainingInterrupted if code > 128 or code == RETRY else TrainingFailed
+                raise kind(self._why(spec, code, begin))
         return found(spec)
 
     def _train(self, spec: TrainSpec, lock: BinaryIO, log: BinaryIO, out: BinaryIO, say: Say) -> int:
@@ -173,7 +176,7 @@ def locked(work: Path, patience: float) -> BinaryIO:
             return file
         file.close()
         if time.monotonic() > deadline:
-            raise TrainingFailed(f"another run is at work in {work}; wait until it is done, or end it")
+            raise TrainingInterrupted(f"another run is at work in {work}; wait until it is done, or end it")
         time.sleep(0.1)
 
 

@@ -15,6 +15,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from learner.examples import KINDS, SPLITS, Example, decode, encode
 from learner.hashes import file_hash
 from telemetry.errors import UnderstudyError
@@ -61,12 +63,14 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def manifest(folder: Path) -> dict[str, Any]:
     """Raises `BadDataset`."""
     try:
-        found: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        found = json.loads((folder / MANIFEST).read_bytes())
+        if not isinstance(found, dict) or not isinstance(found.get("shards"), list):
+            raise ValueError("it names no shards")
     except FileNotFoundError:
         raise BadDataset(
             f"{folder} is no dataset: it has no {MANIFEST}; `understudy dataset build` makes one"
         ) from None
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadDataset(f"{folder / MANIFEST} cannot be read ({error}); build the dataset anew") from None
     return found
 
@@ -89,7 +93,16 @@ def read(folder: Path) -> Iterator[Example]:
         lines = lines_of(path)
         if digest(lines) != shard["sha256"]:
             raise BadDataset(f"{path} was changed since the dataset was built; build it anew")
-        yield from map(decode, lines)
+        yield from examples(lines)
+
+
+def examples(lines: Iterable[bytes]) -> Iterator[Example]:
+    """Raises `BadDataset` at a line that is none."""
+    for line in lines:
+        try:
+            yield decode(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise BadDataset(f"a line is no example ({error}); build the dataset anew") from None
 
 
 def lines_of(path: Path) -> list[bytes]:

@@ -101,6 +101,10 @@ class TrainingFailed(UnderstudyError):
     """A run that left no artifact; says why and what to do."""
 
 
+class TrainingInterrupted(TrainingFailed):
+    """A run that was ended by something else than itself: a signal, a full disk, a cluster that does not answer."""
+
+
 def load(path: Path) -> TrainSpec:
     return msgspec.json.decode(path.read_bytes(), type=TrainSpec)
 

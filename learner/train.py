@@ -29,17 +29,20 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
-# Read when the libraries below are loaded or first used: nobody is told of a run, CUDA's sums come out the same twice.
+# Read when the libraries below are loaded or first used: nobody is told of a run; CUDA's sums come out the same twice;
+# a thread that waits soon sleeps (where others use the cores, OpenMP's usual wait made the same run 10 times as long).
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import msgspec
 import numpy as np
@@ -195,6 +198,7 @@ class _Learner(Trainer):  # type: ignore[misc]
             "logging_steps": min(10, hyper.evaluate_every),
             "save_strategy": "no",
             "remove_unused_columns": False,
+            "ddp_find_unused_parameters": False,
             "dataloader_pin_memory": gpu,
             "report_to": list(spec.trackers) or "none",
             "run_name": spec.run_name or None,
@@ -209,7 +213,7 @@ class _Learner(Trainer):  # type: ignore[misc]
         if found is not None:
             self.progress = self.before = progress_in(found[1])
         sizes = {"train": len(self.job.train), "held_out": len(self.job.held_out)}
-        self.job.say({"event": "start", "step": self.progress.step, **sizes})
+        self.job.say({"event": "start", "step": self.progress.step} | sizes)
         if not self.progress.stopped:
             self.train(resume_from_checkpoint=str(kept.path(found[0])) if found else None)
         best = kept.read(self.progress.best_step)
@@ -249,11 +253,8 @@ class _Learner(Trainer):  # type: ignore[misc]
     def _reference(self) -> dict[str, Floats]:
         """Log-probabilities under the base: computed once, kept beside the run."""
         path = reference_path(self.job)
-        try:
-            with np.load(path / "logps.npz") as kept:
-                return dict(kept)
-        except (OSError, ValueError):
-            pass
+        with suppress(OSError, ValueError, KeyError, BadZipFile), np.load(path / "logps.npz") as kept:
+            return dict(kept)
         with self.model.disable_adapter():
             chosen, rejected = self.answers(self.job.train)
             held_chosen, held_rejected = self.answers(self.job.held_out)
@@ -311,9 +312,8 @@ class _Learner(Trainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        lora.put(
-            self.model, (Path(resume_from_checkpoint) / "adapter.safetensors").read_bytes(), resume_from_checkpoint
-        )
+        weights = (Path(resume_from_checkpoint) / "adapter.safetensors").read_bytes()
+        lora.put(self.model, weights, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -334,8 +334,7 @@ class _Learner(Trainer):  # type: ignore[misc]
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # of rows' places; they are token ids already
 
-    def _send_telemetry(self) -> None:
-        pass
+    def _send_telemetry(self) -> None: ...
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0

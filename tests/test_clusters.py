@@ -16,6 +16,7 @@ from typing import Any
 
 import fake_cluster
 import pytest
+from pydantic import ValidationError
 from stand_in import leave, read
 
 from learner import plan
@@ -363,5 +364,6 @@ def test_the_config_says_which_runner(folder: Path) -> None:
     assert kubernetes == KubernetesJob(image="train:1", volume="claim", mount=str(folder), gpus=2)
     sky = planned(plan.Runner(kind="skypilot", volume="s3://b", accelerators="H100:1", cloud="aws"), folder)
     assert sky == SkyPilot(storage="s3://b", mount=str(folder), accelerators="H100:1", infra="aws")
-    with pytest.raises(TrainingFailed, match=r"runner\.volume is needed where runner\.kind is skypilot"):
-        planned(plan.Runner(kind="skypilot"), folder)
+    for kind in ("skypilot", "kubernetes"):
+        with pytest.raises(ValidationError, match=f"is needed where kind is {kind}"):
+            plan.Runner(kind=kind, image="train:1")

@@ -9,7 +9,7 @@ import pytest
 from test_dataset import chats, policy, source
 
 from learner import shards
-from learner.dataset import Built, build
+from learner.dataset import Built, build, sweep
 from learner.erase import erase, erase_everywhere
 from learner.examples import Example
 from learner.lineage import Archive, NotFound, walk
@@ -63,7 +63,7 @@ def test_erasing_that_was_interrupted_is_finished_by_the_next(tmp_path: Path) ->
     with pytest.raises(shards.BadDataset, match="was changed"):
         list(shards.read(built.folder))
     registry = Registry(SqliteStore(tmp_path / "s.db"))
-    assert erase_everywhere(tmp_path / "learner", registry, "assistant", gone, "asked")[0] == 3
+    assert erase_everywhere(tmp_path / "learner", registry, gone, "asked")[0] == 3
     assert len(list(shards.read(built.folder))) == 57
 
 
@@ -73,10 +73,32 @@ def test_a_missing_shard_and_what_a_killed_build_left_stop_nobody_from_being_for
     left.mkdir()
     (left / "train-pair-00000.jsonl").write_text("what somebody said")
     next(built.folder.glob("held_out-*")).unlink()
-    _, names = erase_everywhere(tmp_path / "learner", registry, "assistant", lambda one: one.user == "u3", "asked")
+    _, names = erase_everywhere(tmp_path / "learner", registry, lambda one: one.user == "u3", "asked")
     assert names == [version.name]
+    sweep(tmp_path / "learner" / "datasets", 0.0)
     assert not left.exists()
     assert not [one for one in shards.read(built.folder) if one.user == "u3"]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}"])
+def test_a_dataset_that_cannot_be_read_is_taken_away_and_the_others_are_erased(tmp_path: Path, damage: str) -> None:
+    built, _, registry, version = made(tmp_path)
+    odd = tmp_path / "learner" / "datasets" / "a-damaged-one"
+    odd.mkdir()
+    (odd / "manifest.json").write_text(damage)
+    count, names = erase_everywhere(tmp_path / "learner", registry, lambda one: one.user == "u3", "asked")
+    assert (count, names) == (3, [version.name])
+    assert not odd.exists()
+    assert built.folder.exists()
+
+
+def test_a_version_of_another_route_that_learned_from_it_is_named_too(tmp_path: Path) -> None:
+    built, _, registry, version = made(tmp_path)
+    fields = {"base_hash": "", "tokenizer_hash": "", "template_hash": "", "created": 1.0}
+    other = Version(route="other", base="b", adapter_hash="c" * 64, dataset=built.hash, **fields)  # type: ignore[arg-type]
+    other = registry.register(other, tmp_path / "learner" / "versions")
+    _, names = erase_everywhere(tmp_path / "learner", registry, lambda one: one.user == "u3", "asked")
+    assert sorted(names) == sorted([version.name, other.name])
 
 
 def test_parquet_loses_them_too(tmp_path: Path) -> None:
@@ -89,10 +111,10 @@ def test_parquet_loses_them_too(tmp_path: Path) -> None:
 
 def test_versions_that_learned_from_what_was_erased_are_tagged(tmp_path: Path) -> None:
     _, _, registry, version = made(tmp_path)
-    count, names = erase_everywhere(tmp_path / "learner", registry, "assistant", lambda one: one.user == "u3", "asked")
+    count, names = erase_everywhere(tmp_path / "learner", registry, lambda one: one.user == "u3", "asked")
     assert (count, names) == (3, [version.name])
     assert registry.tags(version.name) == {"erased": "asked"}
-    assert erase_everywhere(tmp_path / "learner", registry, "assistant", lambda one: False, "x") == (0, [])
+    assert erase_everywhere(tmp_path / "learner", registry, lambda one: False, "x") == (0, [])
 
 
 def test_forgetting_a_user_says_which_versions_hold_their_data(tmp_path: Path) -> None:
@@ -112,7 +134,7 @@ def test_forgetting_a_user_says_which_versions_hold_their_data(tmp_path: Path) -
     )  # fmt: skip
     held = [one for one in shards.read(built.folder) if one.user == name]
     assert held
-    found = forget(own.journal, store, "default", "ann", {"assistant": tmp_path / "learner"})
+    found = forget(own.journal, store, "default", "ann", [tmp_path / "learner"])
     assert (found.examples, found.versions) == (len(held), (version.name,))
     assert not [one for one in shards.read(built.folder) if one.user == name]
 

@@ -117,13 +117,11 @@ def test_nothing_due_is_no_failure(config: Path, capsys: pytest.CaptureFixture[s
     assert "no version is registered yet" in capsys.readouterr().out
 
 
-def test_a_round_that_cannot_go_on_says_why_and_waits_where_it_is(
-    config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_round_that_failed_says_why(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(config, "learn", "once", "--route", "assistant", "--force") == 1
     assert "is no folder here" in capsys.readouterr().err
     assert run(config, "learn", "status", "--route", "assistant", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["round"]["step"] == "dataset"
+    assert json.loads(capsys.readouterr().out)["round"]["step"] == "failed"
 
 
 def test_an_empty_journal_fails_with_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

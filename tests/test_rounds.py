@@ -81,7 +81,7 @@ def test_a_second_process_is_told_who_is_at_work(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "s.db")
     with working(store, "assistant", "far-away:1:a", lambda: 1000.0) as state:
         state.begin("new pairs", 5)
-        with pytest.raises(Busy, match=r"far-away:1:a works on route assistant.*in 50 s"):
+        with pytest.raises(Busy, match=r"far-away:1:a .*works on route assistant.*in 50 s"):
             working(store, "assistant", "here:2:b", lambda: 1010.0).__enter__()
     with working(store, "assistant", "here:2:b", lambda: 1011.0) as state:  # it was given back
         assert (state.round.number, state.round.step) == (1, "dataset")
@@ -102,8 +102,10 @@ def test_a_process_of_this_machine_that_is_no_more_is_not_waited_for(tmp_path: P
     script = "from learner.rounds import owner_name; print(owner_name())"
     gone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
     assert is_gone(gone)
-    assert not is_gone(owner_name())
+    machine = owner_name().partition(":")[0]
+    assert not is_gone(f"{machine}:{os.getppid()}:x")
     assert not is_gone(f"elsewhere:{os.getpid()}:x")
+    assert is_gone(f"{machine}:{os.getpid()}:who had our number before us")
     store = SqliteStore(tmp_path / "s.db")
     held = working(store, "assistant", gone)
     held.__enter__().begin("new pairs", 5)
@@ -123,6 +125,33 @@ def _begin(path: str, name: str, out: multiprocessing.Queue[str]) -> None:
                 pass
     except Busy:
         out.put("")
+
+
+def test_a_clock_that_was_ahead_holds_nobody_up_for_long(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "s.db")
+    year = 365 * DAY
+    held = working(store, "assistant", "far-away:1:a", lambda: 1000.0 + year)
+    held.__enter__().begin("new pairs", 5)
+    with working(store, "assistant", "here:2:b", lambda: 1000.0) as state:
+        assert state.round.step == "dataset"
+    assert due(facts(last_began=101 * DAY, new_pairs=100), PLAN).reason == "100 new pairs"
+
+
+def test_a_write_whose_answer_was_lost_is_known_as_our_own(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "s.db")
+    with working(store, "assistant", "here:2:b") as state:
+        stands = store.read("learning/assistant")
+        assert store.swap("learning/assistant", stands, (stands or b"").replace(b'"tries":0', b'"tries":1'))
+        state.put(replace(state.round, step="train"))
+    assert last_round(store, "assistant").step == "train"
+
+
+def test_a_round_of_another_version_of_the_code_makes_its_spec_anew(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "s.db")
+    body = b'{"number":3,"step":"train","reason":"x","began":1.0,"spec":{"base":"b","later_field":1}}'
+    assert store.swap("learning/assistant", None, body)
+    found = last_round(store, "assistant")
+    assert (found.number, found.step, found.spec) == (3, "train", None)
 
 
 def test_of_many_processes_at_once_one_begins(tmp_path: Path) -> None:

@@ -24,9 +24,12 @@ from training_process import Done, Failed, TrainingProcess
 from learner.checkpoints import Checkpoints
 from learner.lint import lint
 from learner.progress import FALL, Progress, format_metrics, judged, looked
+from learner.replica import Replica, load_adapter, unload_adapter
 from learner.runners import whole
+from learner.serving import Expected, agreement
 from learner.spec import Hyper, TrainSpec, save
 from understudy.demo.tiny_model import is_good, questions
+from understudy.demo.vllm_server import VllmServer
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache/demo"
@@ -316,6 +319,7 @@ def test_the_best_look_is_kept_and_patience_counts_from_it() -> None:
 def test_a_fall_or_what_is_no_number_is_a_collapse(loss: float, fall: float) -> None:
     progress = looked(Progress(), 10, {"held_out_loss": loss, "held_out_fall": fall}, patience=2, last=False)
     assert progress.collapsed
+    assert msgspec.json.decode(msgspec.json.encode(progress), type=Progress) == progress
 
 
 def test_answers_that_break_where_the_base_has_none_broken_are_a_collapse() -> None:
@@ -408,3 +412,23 @@ def test_it_answers_with_the_adapter_and_without(process: TrainingProcess, undis
     assert good[0] > good[1]
     assert base == answers(adapter=None, temperature=1.0, seed=1)
     assert base != answers(adapter=None, temperature=1.0, seed=2)
+
+
+@needs_torch
+@pytest.mark.vllm
+def test_vllm_says_what_was_trained(process: TrainingProcess, undisturbed: Trained, vllm: VllmServer) -> None:
+    adapter = f"{undisturbed.spec.output}/adapter"
+    prompts = [[{"role": "user", "content": one.text}] for one in questions()[::30]]
+    question = {"base": undisturbed.spec.base, "adapter": adapter, "prompts": prompts, "max_tokens": 24}
+    said = process.do("main_said", words=["--generate"], stdin=json.dumps(question)).result["stdout"]
+    expected = [
+        Expected(answer["prompt_ids"], answer["token_ids"], messages)
+        for messages, answer in zip(prompts, json.loads(said)["answers"], strict=True)
+    ]
+    replica = Replica(vllm.url)
+    load_adapter(replica, "trained-in-a-test", adapter)
+    try:
+        found = agreement(replica, "trained-in-a-test", expected)
+    finally:
+        unload_adapter(replica, "trained-in-a-test")
+    assert found.holds(), found

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gateway.auth import Pseudonyms
+from learner.dataset import sweep
 from learner.erase import erase_everywhere
 from learner.examples import Example
 from learner.registry import Registry
@@ -38,13 +39,11 @@ class Forgotten:
         return asdict(self)
 
 
-def forget(
-    journal: Journal, store: Store, tenant: str, user: str, learners: Mapping[str, Path] | None = None
-) -> Forgotten:
+def forget(journal: Journal, store: Store, tenant: str, user: str, learners: Collection[Path] = ()) -> Forgotten:
     """Erase a user, by the name that the app gives them. May be stopped and begun again at any point.
 
-    `learners`: by route, the folder of its learner, whose datasets lose the user's examples first: they are found by
-    the journal's facts.
+    `learners`: folders of the routes' learners, whose datasets lose the user's examples first: these are found by the
+    journal's facts.
 
     Raises `StateError` if the store has no key of pseudonyms, so that nobody's hash can be known.
     """
@@ -69,7 +68,7 @@ def forget(
 
 
 def _forget_examples(
-    journal: Journal, store: Store, tenant: str, name: str, learners: Mapping[str, Path], found: Forgotten
+    journal: Journal, store: Store, tenant: str, name: str, learners: Collection[Path], found: Forgotten
 ) -> None:
     events: set[str] = set()
     after = 0
@@ -80,8 +79,9 @@ def _forget_examples(
     def gone(example: Example) -> bool:
         return example.tenant == tenant and (example.user == name or not events.isdisjoint(example.events))
 
-    for route, folder in learners.items():
-        count, versions = erase_everywhere(folder, Registry(store), route, gone, "data of a user was erased")
+    for folder in sorted({folder.resolve() for folder in learners}):
+        sweep(folder / "datasets", 0.0)
+        count, versions = erase_everywhere(folder, Registry(store), gone, "data of a user was erased")
         found.examples += count
         found.versions += tuple(versions)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from learner.cycle import Workshop
 from learner.dataset import Source
 from learner.lineage import Archive
 from learner.plan import DatasetPolicy, Learner, Runner
-from learner.registry import Registry
+from learner.registry import Registry, RegistryError
 from learner.rounds import owner_name
 from learner.serving import Fleet, Replica
 from router.store import Store
@@ -60,10 +61,10 @@ def datasets_folder(settings: Settings, route: str) -> Path:
     return (learner.folder if learner is not None else Path("understudy-learner")) / "datasets"
 
 
-def folders(settings: Settings) -> dict[str, Path]:
-    """Of each route the folder of its learner, if that has made anything yet."""
-    found = {route: datasets_folder(settings, route).parent for route in settings.routes}
-    return {route: folder for route, folder in found.items() if folder.is_dir()}
+def folders(settings: Settings) -> list[Path]:
+    """The folders of the routes' learners that have made anything yet."""
+    found = {datasets_folder(settings, route).parent for route in settings.routes}
+    return sorted(folder for folder in found if folder.is_dir())
 
 
 class NoLearner(UnderstudyError):
@@ -75,6 +76,7 @@ def workshop(settings: Settings, route: str, journal: Journal, store: Store) -> 
     plan = learner_of(settings, route)
     if plan is None:
         raise NoLearner(f"route {route} has no learner; write routes.{route}.learner: {{base: ./models/base}}")
+    registry(store, plan.folder)
     upstreams = settings.routes[route].upstreams
     fleet = Fleet(
         [Replica(upstream.url, upstream.api_key) for upstream in upstreams],
@@ -92,6 +94,7 @@ def workshop(settings: Settings, route: str, journal: Journal, store: Store) -> 
         owner=owner_name(),
         threads=plan.threads,
         gpu=gpu_for(plan.runner),
+        arms=frozenset(arm.model for arm in settings.routes[route].arms.values()),
     )
 
 
@@ -111,4 +114,14 @@ def gpu_for(runner: Runner) -> tuple[bool, int | None]:
 
 def archive(settings: Settings, route: str, journal: Journal, store: Store) -> Archive:
     """Where the learner's things of a route are found."""
-    return Archive(route, datasets_folder(settings, route).parent, Registry(store), journal)
+    folder = datasets_folder(settings, route).parent
+    return Archive(route, folder, registry(store, folder), journal)
+
+
+def registry(store: Store, folder: Path) -> Registry:
+    """The registry, with what the versions' cards say that the store has lost."""
+    found = Registry(store)
+    if (folder / "versions").is_dir():
+        with suppress(RegistryError):  # a stranger's card; who registers the next version is told
+            found.restore(folder / "versions")
+    return found

@@ -223,6 +223,12 @@ class Route(Written):
         return self
 
     @model_validator(mode="after")
+    def _challengers_have_somewhere_to_be_served(self) -> Route:
+        if self.learner is not None and not self.upstreams:
+            raise fault("makes versions for vLLM; add upstreams: [http://127.0.0.1:8000]", "learner")
+        return self
+
+    @model_validator(mode="after")
     def _policy_fits_the_arms(self) -> Route:
         if isinstance(self.policy, Split):
             for name in self.policy.shares:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +18,14 @@ from learner.dataset import Built
 from learner.due import Due
 from learner.examples import Example
 from learner.rounds import Round
+from learner.serving import Reconciled
+from telemetry.errors import UnderstudyError
 from telemetry.events import Interaction
 from understudy.show import console
 
 EXCERPT = 100
 LISTED = 8
+_NUMBER = re.compile(r"\d[\d.,]*")
 
 
 def built(found: Built) -> None:
@@ -110,7 +116,7 @@ STEPS = {
 def progress(*, quiet: bool) -> Iterator[Callable[[str, dict[str, Any]], None]]:
     """Told the steps of a round and the trainer's events, shows them; one bar for the training."""
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
         task = None
 
         def say(step: str, event: dict[str, Any]) -> None:
@@ -172,8 +178,39 @@ def learned(found: Round | Due) -> None:
     console.print(escape(sentence(found)))
 
 
-def line(text: str) -> None:
-    console.print(f"{time.strftime('%H:%M:%S')} {escape(text)}")
+class Teller:
+    """Says what is new, a line each, as JSON if asked; the same thing of the same subject once."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._said: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, subject: str, text: str, *, again: bool = False) -> None:
+        plain = _NUMBER.sub("#", text)  # "in 52 s" is no news after "in 53 s"
+        with self._lock:
+            if self._said.get(subject) == plain and not again:
+                return
+            self._said[subject] = plain
+            if self._as_json:
+                print(json.dumps({"at": time.time(), "about": subject, "says": text}), flush=True)
+            elif text:
+                print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+    @contextmanager
+    def faults(self, subject: str) -> Iterator[None]:
+        """Whatever goes wrong is said, and ends only what it happened in."""
+        try:
+            yield
+        except (UnderstudyError, OSError, ValueError) as error:
+            self(subject, str(error) or type(error).__name__)
+
+    def replicas(self, found: Reconciled) -> None:
+        for replica, version in found.loaded:
+            self(f"{replica} {version}", f"{replica} was restarted: {version} is loaded again", again=True)
+        told = [f"{replica}: {why}" for replica, why in found.unreachable]
+        told += [f"{replica}, {version}: {why}" for replica, version, why in found.refused]
+        self("replicas", "; ".join(told))
 
 
 def status(found: Mapping[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from learner.cycle import Workshop
 
 
+REPLICAS_EVERY = 15.0
+"""Seconds between looks at replicas: one that was restarted lacks its versions until then."""
+
+
 def add_learn(commands: Commands) -> None:
     about = commands.add_parser("learn", help="Train challengers from what users did.")
     verbs = about.add_subparsers(metavar="once|watch|status|drop|reproduce", required=True)
@@ -28,7 +34,7 @@ def add_learn(commands: Commands) -> None:
     help = "Train challengers whenever they are due, and keep versions loaded on replicas that restart."
     watch = verbs.add_parser("watch", help=help, description=help)
     watch.set_defaults(run=_watch)
-    watch.add_argument("--look", type=span, default="10m", metavar="SPAN", help="how often to look (default: 10m)")
+    watch.add_argument("--look", type=_pause, default="10m", metavar="SPAN", help="how often to look (default: 10m)")
 
     help = "The round under way or the last one, the versions and their parts, and what they were measured to be."
     status = verbs.add_parser("status", help=help, description=help)
@@ -60,6 +66,13 @@ def add_lineage(commands: Commands) -> None:
     json_option(lineage)
 
 
+def _pause(text: str) -> float:
+    seconds = span(text)
+    if seconds < 1:
+        raise argparse.ArgumentTypeError("shorter than a second; a look reads the whole journal")
+    return seconds
+
+
 def _shop(arguments: Arguments) -> Workshop:
     from telemetry.journal import Journal
     from understudy import learning
@@ -86,26 +99,31 @@ def _once(arguments: Arguments) -> int:
 def _watch(arguments: Arguments) -> int:
     from learner import cycle
     from learner.rounds import Round
-    from telemetry.errors import UnderstudyError
     from understudy import show_learning
 
-    shop, said = _shop(arguments), ""
-    while True:
-        try:
-            if went := cycle.expire(shop, time.time()):
-                show_learning.line(f"{went} examples were too old to be kept and left their datasets")
-            done = cycle.reconcile(shop)
-            for replica, version in done.loaded:
-                show_learning.line(f"{replica} was restarted: {version} is loaded again")
-            with show_learning.progress(quiet=arguments.json) as say:
+    shop = _shop(arguments)
+    tell = show_learning.Teller(as_json=arguments.json)
+
+    def keep_replicas(stopping: threading.Event) -> None:
+        while not stopping.is_set():
+            with tell.faults("replicas"):
+                tell.replicas(cycle.replicas_kept(shop))
+            stopping.wait(min(arguments.look, REPLICAS_EVERY))
+
+    stopping = threading.Event()
+    keeper = threading.Thread(target=keep_replicas, args=(stopping,), name="replicas", daemon=True)
+    keeper.start()
+    try:
+        while True:
+            with tell.faults("old text"):
+                if went := cycle.expire(shop, time.time()):
+                    tell("old text", f"{went} examples were too old to be kept and left their datasets")
+            with tell.faults("round"), show_learning.progress(quiet=arguments.json) as say:
                 found = cycle.once(shop, say)
-            words = show_learning.sentence(found)
-        except UnderstudyError as error:
-            found, words = None, str(error)
-        if words != said:
-            show_learning.line(words)
-        said = "" if isinstance(found, Round) else words
-        time.sleep(arguments.look)
+                tell("round", show_learning.sentence(found), again=isinstance(found, Round))
+            time.sleep(arguments.look)
+    finally:
+        stopping.set()
 
 
 def _status(arguments: Arguments) -> int:
