@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,19 +83,39 @@ def build(source: Source, policy: DatasetPolicy, folder: Path) -> Built:
 
     Raises `NothingToLearn`, `BadGoldens`, `StateError`, OSError (a full disk leaves nothing that looks whole).
     """
-    denied = goldens.load(policy.goldens)
-    until, last = source.journal.newest(), source.journal.last()
-    people, sessions = _read(source, policy, until, last)
-    found = _harvested(source, policy, until, last, sessions)
-    curated = curate(found.votes, people, policy, denied, until)
-    examples = _replayed(curated, policy, until)
-    divided = divide(examples, policy.held_out)
-    curated.drop("straddling", "its prompt is on the other side of the split", divided.left_out)
-    examples = shared_out(curated, divided.examples, policy)
-    _check(examples, found, source.route)
-    examples = weigh(examples, people.requests, policy.clip)
-    manifest = _manifest(source, policy, until, last, denied, curated, found, examples)
-    return _written(folder, source.route, manifest, policy, examples, curated, found)
+    with _workplace(folder) as work:  # before the journal is read: what is forgotten meanwhile takes the place away
+        denied = goldens.load(policy.goldens)
+        until, last = source.journal.newest(), source.journal.last()
+        people, sessions = _read(source, policy, until, last)
+        found = _harvested(source, policy, until, last, sessions)
+        curated = curate(found.votes, people, policy, denied, until)
+        examples = _replayed(curated, policy, until)
+        divided = divide(examples, policy.held_out)
+        curated.drop("straddling", "its prompt is on the other side of the split", divided.left_out)
+        examples = shared_out(curated, divided.examples, policy)
+        _check(examples, found, source.route)
+        examples = weigh(examples, people.requests, policy.clip)
+        manifest = _manifest(source, policy, until, last, denied, curated, found, examples)
+        name = _write(work, manifest, policy, examples)
+        home = folder / f"{source.route.replace('/', '_')}-{name[:12]}"
+        _put(work, home, name)
+        return Built(home, manifest, name, curated, found.unusable)
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """A folder to build in, gone at the end. Raises BadDataset where somebody took it away."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
+    try:
+        yield work
+    except FileNotFoundError:
+        if work.exists():
+            raise
+        raise BadDataset(f"{work} was taken away while data of a user was erased; build the dataset again") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def look(source: Source, policy: DatasetPolicy, since: float) -> Look:
@@ -292,33 +313,18 @@ def _rounded(number: float | None) -> float | None:
     return None if number is None else round(number, 6)
 
 
-def _written(
-    folder: Path,
-    route: str,
-    manifest: dict[str, Any],
-    policy: DatasetPolicy,
-    examples: Iterable[Example],
-    curated: Curated,
-    found: Harvest,
-) -> Built:
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
-    work = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
-    try:
-        written = shards.write(work, examples, policy.format, policy.shard)
-        manifest["shards"] = [shard._asdict() for shard in written]
-        shards.write_manifest(work, manifest)
-        name = shards.manifest_hash(work)
-        home = folder / f"{route.replace('/', '_')}-{name[:12]}"
-        work.chmod(0o755)
-        _put(work, home, name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return Built(home, manifest, name, curated, found.unusable)
+def _write(work: Path, manifest: dict[str, Any], policy: DatasetPolicy, examples: Iterable[Example]) -> str:
+    """Write shards and manifest; the dataset's name."""
+    written = shards.write(work, examples, policy.format, policy.shard)
+    manifest["shards"] = [shard._asdict() for shard in written]
+    shards.write_manifest(work, manifest)
+    work.chmod(0o755)
+    return shards.manifest_hash(work)
 
 
 def _put(work: Path, home: Path, name: str) -> None:
     """Rename into place; a whole dataset that is there stays, a damaged one goes aside."""
+    work.stat()  # FileNotFoundError where it was taken away, even if there is a dataset of that name
     if home.exists() and not _is_whole(home, name):
         os.rename(home, home.with_name(f".damaged-{home.name}-{os.getpid()}"))
     try:

@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from conversations import START, asked, compared, journal, said
 
 from learner import shards
-from learner.dataset import NothingToLearn, Source, build, explain, look
+from learner.dataset import NothingToLearn, Source, build, explain, look, sweep
 from learner.erase import erase
 from learner.plan import DatasetPolicy
 from telemetry.errors import UnderstudyError
@@ -199,6 +200,19 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "File too large" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_build_during_which_a_user_is_forgotten_comes_to_nothing(tmp_path: Path) -> None:
+    own = source(tmp_path / "j.db", chats())
+
+    class Forgetting(Journal):
+        def sessions(self, *arguments: Any) -> Any:
+            sweep(tmp_path / "out", 0.0)
+            return super().sessions(*arguments)
+
+    with pytest.raises(shards.BadDataset, match="was taken away"):
+        build(own._replace(journal=Forgetting(tmp_path / "j.db")), policy(), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
