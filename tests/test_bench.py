@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).parents[1] / "bench"
 
 
@@ -128,3 +130,20 @@ def test_telemetry_cost_says_how_far_each_bar_is_met() -> None:
     assert found["detection"]["signals"] > 30, "each third conversation holds a complaint"
     assert found["span"]["dropped"] == 0
     assert all(row["met"] in (True, False) for row in found["bars"])
+
+
+def test_dataset_build_measures_a_build_and_holds_what_must_hold_at_any_size() -> None:
+    done = run("dataset_build.py", "--events", "2000", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["examples"] > 100
+    assert found["same_bytes"] is True
+    assert not any(found["straddling"].values())
+    assert found["goldens_kept_out"] == 50
+
+
+@pytest.mark.parametrize("script", ["learner_quality.py", "learner_speed.py", "learner_kills.py", "learner_poison.py"])
+def test_benches_of_the_training_say_what_they_measure(script: str) -> None:
+    done = run(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--json" in done.stdout
