@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from learner.spec import TrainingFailed
+from learner.spec import TrainingInterrupted
 
 _SUMS = "sums.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -88,7 +88,7 @@ def put(folder: Path, files: Mapping[str, bytes]) -> None:
         if error.errno not in _FULL:
             raise
         size = sum(map(len, files.values())) / 1e6
-        raise TrainingFailed(
+        raise TrainingInterrupted(
             f"{folder} cannot be written ({error.strerror}): make room for {size:.1f} MB and run the same spec again; "
             "it goes on from its last checkpoint"
         ) from None

@@ -59,8 +59,8 @@ from learner.hashes import folder_hash, template_hash, tokenizer_hash
 from learner.job import PACKAGES, Job, Say, limit_memory, ready, reference_path
 from learner.progress import Progress, bar, format_metrics, judged, looked, progress_in, told_apart
 from learner.rows import Row
-from learner.runners import found, whole
-from learner.spec import Artifact, TrainingFailed, TrainSpec, load
+from learner.runners import RETRY, found, whole
+from learner.spec import Artifact, TrainingFailed, TrainingInterrupted, TrainSpec, load
 
 Floats = NDArray[np.float64]
 
@@ -485,7 +485,7 @@ def main(words: Sequence[str] | None = None) -> int:
             run(load(options.spec), say if os.environ.get("RANK", "0") == "0" else lambda event: None)
     except (TrainingFailed, msgspec.MsgspecError, OSError) as error:
         print(f"{error}", file=sys.stderr)
-        return 1
+        return RETRY if isinstance(error, TrainingInterrupted | OSError) else 1
     return 0
 
 

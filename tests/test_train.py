@@ -170,7 +170,7 @@ def test_a_warm_start_goes_on_after_a_crash_and_a_full_disk_as_if_there_had_been
     with pytest.raises(Failed, match="Crash"):
         train(process, broken, crash_at=10)
     kept = steps_of(broken)
-    with pytest.raises(Failed, match=r"TrainingFailed: .*make room for .* MB and run the same spec again"):
+    with pytest.raises(Failed, match=r"TrainingInterrupted: .*make room for .* MB and run the same spec again"):
         train(process, broken, file_size=100_000)
     assert steps_of(broken) == kept
     assert train(process, broken).of("start")[0]["step"] == kept[0]
