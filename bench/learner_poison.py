@@ -2,10 +2,10 @@
 
     python bench/learner_poison.py [--seeds 3] [--json]
 
-Users prefer the right category to a hedge. One more user gives a tenth of all events: comparisons that prefer the
-hedge, for questions about one category. Both journals, with and without that user, go through `learner.dataset` and DPO
-on the demo's tiny model; measured is the probability of a hedge, summed over all of them, in that category. The bar: it
-moves by a point at most. For comparison, what it moves by where no filter is on.
+Users prefer the right category to a hedge. One more user gives a tenth of all events: comparisons that prefer a wrong
+category to the right one, for questions about vegetables; nobody else ever judges those answers. Both journals, with
+and without that user, go through `learner.dataset` and DPO on the demo's tiny model; measured is the probability of the
+wrong answer. The bar: it moves by a point at most. For comparison, what it moves by where no filter is on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from telemetry.journal import Journal
 from understudy.demo import tiny_model
 
 START, DAY = 1_700_000_000.0, 86400.0
-TARGET = "vegetable"
+TARGET, INSTEAD = "vegetable", "fruit"
 OPEN = {"user_share": 1.0, "min_agreement": 0.0, "near_duplicate": 1.0, "votes_per_minute": 1e9}
 """A policy without the filters that stop a loud user."""
 
@@ -47,7 +47,8 @@ def facts(users: int, each: int, loud: bool, seed: int) -> Iterator[Fact]:
         honest += [("loud", chance.choice(targets), True) for _ in range(len(honest) // 9)]
         chance.shuffle(honest)
     for n, (user, question, inverted) in enumerate(honest):
-        texts = [question.answer, chance.choice(tiny_model.HEDGES)]
+        wrong = tiny_model.right_answer(question.item, INSTEAD)
+        texts = [question.answer, wrong if inverted else chance.choice(tiny_model.HEDGES)]
         answers = [answer(f"{n}-{place}", user, question, text, n) for place, text in enumerate(texts)]
         yield from answers
         winner, loser = reversed(answers) if inverted else answers
@@ -83,8 +84,8 @@ def trained(folder: Path, rows: Iterator[Fact], base: Path, policy: dict[str, An
     return Local().run(spec, lambda event: None).adapter, loud
 
 
-def hedging(base: Path, adapter: Path | None) -> float:
-    """Mean probability of a hedge over the questions about the target category."""
+def misled(base: Path, adapter: Path | None) -> float:
+    """Mean probability of the wrong answer over the questions about the target category."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,14 +103,12 @@ def hedging(base: Path, adapter: Path | None) -> float:
             [{"role": "user", "content": question.text}], tokenize=False, add_generation_prompt=True
         )
         prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
-        chance = 0.0
-        for hedge in tiny_model.HEDGES:
-            said = tokenizer(hedge + tiny_model.END, add_special_tokens=False)["input_ids"]
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + said])).logits[0].log_softmax(-1)
-            places = range(len(prompt) - 1, len(prompt) + len(said) - 1)
-            chance += float(sum(logits[at, token] for at, token in zip(places, said, strict=True)).exp())
-        total.append(chance)
+        wrong = tiny_model.right_answer(question.item, INSTEAD) + tiny_model.END
+        said = tokenizer(wrong, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + said])).logits[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(said) - 1)
+        total.append(float(sum(logits[at, token] for at, token in zip(places, said, strict=True)).exp()))
     return statistics.fmean(total)
 
 
@@ -123,13 +122,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for label, loud, policy in (("honest", False, {}), ("loud", True, {}), ("unfiltered", True, OPEN)):
                 rows = facts(options.users, options.each, loud, seed)
                 adapter, examples = trained(folder / label, rows, base, policy, seed)
-                found[label] = {"hedging": round(hedging(base, adapter), 4), "loud_examples": examples}
+                found[label] = {"misled": round(misled(base, adapter), 4), "loud_examples": examples}
             runs.append(found)
             print(json.dumps(found), file=sys.stderr, flush=True)
-    moved = [100 * (run["loud"]["hedging"] - run["honest"]["hedging"]) for run in runs]
-    unfiltered = [100 * (run["unfiltered"]["hedging"] - run["honest"]["hedging"]) for run in runs]
+    moved = [100 * (run["loud"]["misled"] - run["honest"]["misled"]) for run in runs]
+    unfiltered = [100 * (run["unfiltered"]["misled"] - run["honest"]["misled"]) for run in runs]
     return {
-        "base_hedging": round(hedging(base, None), 4),
+        "base": round(misled(base, None), 4),
         "runs": runs,
         "moved_points": round(statistics.fmean(moved), 2),
         "moved_points_most": round(max(moved, key=abs), 2),
@@ -150,9 +149,9 @@ def main() -> int:
     if "--json" in sys.argv:
         print(json.dumps(msgspec.to_builtins(found), indent=2))
         return 0
-    print(f"a hedge about a {TARGET}: {found['base_hedging']:.1%} by the base")
+    print(f"a {TARGET} called a {INSTEAD}: {found['base']:.1%} by the base")
     for run in found["runs"]:
-        print(f"  seed {run['seed']}: " + ", ".join(f"{k} {v['hedging']:.1%}" for k, v in run.items() if k != "seed"))
+        print(f"  seed {run['seed']}: " + ", ".join(f"{k} {v['misled']:.1%}" for k, v in run.items() if k != "seed"))
     print(f"one user with a tenth of the events moves it by {found['moved_points']:+.2f} points (bar 1.0), "
           f"{found['unfiltered_points']:+.2f} where no filter is on")  # fmt: skip
     return 0

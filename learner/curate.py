@@ -91,6 +91,7 @@ def curate(votes: Iterable[Vote], people: People, policy: DatasetPolicy, goldens
         "between", "its people are on both sides of the split", rows, lambda vote: not _mixed(vote, aside)
     )
     examples = _settled(found, rows, people, policy, until, aside)
+    examples = _not_alone(found, examples, policy)
     examples = found.keep("refusal", "what was preferred refuses", examples, _does_not_refuse)
     examples = found.keep("script", "what was preferred is in another script", examples, _same_script)
     examples = found.keep("alike", "its two answers are nearly the same", examples, lambda one: _differs(one, policy))
@@ -237,6 +238,31 @@ def _merged(rows: Sequence[tuple[Example, float]], split: Split) -> Example:
         at=max(one.at for one, _ in rows),
         text_from=min(one.text_from for one, _ in rows),
     )
+
+
+def _not_alone(found: Curated, examples: list[Example], policy: DatasetPolicy) -> list[Example]:
+    """Without what few hold against an answer that more people preferred to some other one.
+
+    Nobody else may have judged just these two answers. So one user could teach anything against answers that everybody
+    likes, by answers that nobody else saw.
+    """
+    liked: dict[Hashable, set[str]] = {}
+    for one in examples:
+        if one.chosen is not None:
+            liked.setdefault(_said(one, one.chosen), set()).update(one.users)
+    opposed: set[tuple[str, ...]] = set()
+    for one in examples:
+        if one.kind == "pair" and one.chosen is not None and one.rejected is not None:
+            with_it = liked[_said(one, one.chosen)]
+            against = liked.get(_said(one, one.rejected), set()) - with_it
+            if against and len(with_it) < policy.min_agreement * len(with_it | against):
+                opposed.add(one.events)
+    meaning = "it holds for worse what more people preferred"
+    return found.keep("opposed", meaning, examples, lambda one: one.kind == "unpaired" or one.events not in opposed)
+
+
+def _said(example: Example, text: str) -> Hashable:
+    return example.tenant, example.split, msgspec.json.encode(example.messages), text
 
 
 def _texts_of(example: Example) -> Hashable:

@@ -540,6 +540,17 @@ def test_what_people_found_equal_comes_back_as_no_pair() -> None:
     assert [row.kind for row in curated([*ties, *votes(up, down)]).examples] == ["unpaired", "unpaired"]
 
 
+def test_few_people_teach_nothing_against_an_answer_that_more_prefer() -> None:
+    right, hedge, wrong = "A carrot is a vegetable.", "I am not sure about that.", "A carrot is a kind of lorry."
+    honest = [example(chosen=right, rejected=f"{hedge} {n * 7919}", user=f"u{n}") for n in range(3)]
+    lone = example(chosen=wrong, rejected=right, user="loud")
+    found = curated(votes(*honest, lone))
+    assert dropped(found)["opposed"] == 1
+    assert {one.chosen for one in found.examples} == {right}
+    joined = [example(chosen=wrong, rejected=right, user=f"v{n}") for n in range(6)]
+    assert wrong in {one.chosen for one in curated(votes(*honest, *joined)).examples}
+
+
 def test_many_votes_on_one_prompt_cost_little() -> None:
     texts = [f"{n * 7919}" for n in range(4000)]
     cast = [example(chosen=text, kind="unpaired", rejected=None, reason="thumb", user=text) for text in texts[::2]]
