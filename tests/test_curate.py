@@ -42,7 +42,8 @@ def example(
     **more: Any,
 ) -> Example:
     messages = [{"role": "user", "content": prompt}]
-    fields = {"reason": "comparison", "session": f"of {user}", "at": START} | more
+    fields = {"reason": "comparison", "session": f"of {user}", "at": START, "users": (f"default/{user}",)}
+    fields |= {"events": (f"what {user} said of {chosen}",)} | more
     return Example(
         id=example_id(kind, messages, chosen, rejected),
         kind=kind,  # type: ignore[arg-type]
