@@ -110,7 +110,9 @@ def _linear(model: Any) -> list[str]:
 
 def weights_of(model: Any) -> bytes:
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return safetensors.torch.save({name: w.contiguous().cpu() for name, w in sorted(weights.items())}, {"format": "pt"})
+    plain = {name: weight.contiguous().cpu() for name, weight in sorted(weights.items())}
+    body: bytes = safetensors.torch.save(plain, {"format": "pt"})
+    return body
 
 
 def put(model: Any, weights: bytes, source: str) -> None:
