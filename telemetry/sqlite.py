@@ -7,6 +7,7 @@ keeps its own number in the table `schema_version`.
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def connect(path: Path, owner: str, migrations: Sequence[str], *, durable: bool 
     with translated(path):
         db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         try:
-            db.execute("PRAGMA journal_mode = WAL")
+            _to_wal(db)
             db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: hot ones are rewritten often, copy them seldom
             db.execute("PRAGMA cache_size = -16384")  # KiB: the ends of all indexes stay in memory
             db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -56,6 +57,22 @@ def connect(path: Path, owner: str, migrations: Sequence[str], *, durable: bool 
             db.close()
             raise
         return db
+
+
+def _to_wal(db: sqlite3.Connection) -> None:
+    """Switch a file to WAL; once it is, this does nothing.
+
+    Of several that open a new file at once, SQLite refuses some without waiting, for they could wait for each other.
+    """
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _migrate(db: sqlite3.Connection, path: Path, owner: str, migrations: Sequence[str]) -> None:

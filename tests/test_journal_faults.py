@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -535,3 +536,22 @@ def test_several_processes_append_to_one_journal(path: Path, journal: Journal, w
 
     asyncio.run(put())
     assert len(set(names(journal.read()))) == journal.last() == 90
+
+
+OPENS = """
+import sys, time
+from pathlib import Path
+from telemetry.journal import Journal
+
+folder, begin = Path(sys.argv[1]), float(sys.argv[2])
+for n in range(40):
+    while time.time() < begin + n * 0.05:
+        pass
+    Journal(folder / f"{n}.db").close()
+"""
+
+
+def test_processes_that_open_a_new_file_at_once_all_get_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OPENS, str(tmp_path), str(time.time() + 1.5)]
+    crew = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate(timeout=60)[1] for process in crew] == [""] * 3
