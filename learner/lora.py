@@ -15,11 +15,13 @@ also be told apart by making both unlikely, the rejected one more. A correction 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def give_memory_back() -> None:
+    """To the machine what was freed: the C library keeps it otherwise, in pieces that nothing large fits into."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tokenizer_of(base: Path) -> Any:

@@ -21,7 +21,6 @@ here, and a checkpoint is read back by name and refused where a weight is missin
 from __future__ import annotations
 
 import argparse
-import gc
 import io
 import json
 import os
@@ -110,8 +109,7 @@ def trained(job: Job) -> Any:
                     f"gradient_checkpointing or quantize ({str(error).splitlines()[0]})"
                 ) from None
         del trainer  # with its model, before the next is loaded
-        gc.collect()
-        torch.cuda.empty_cache()
+        lora.give_memory_back()
         accumulate, batch = accumulate * batch // smaller, smaller
         job.note(f"memory was too small: batches of {batch}, {accumulate} of them a step")
 

@@ -183,7 +183,7 @@ def test_too_little_memory_makes_the_batch_smaller_and_the_step_stays_as_it_was(
 ) -> None:
     hyper = msgspec.structs.replace(TINY, batch=128, max_epochs=1.0)
     spec = preferences.spec(base, dataset(tmp_path / "data", pairs(170)), tmp_path / "small", hyper, threads=1)
-    done = train(process, spec, memory=300)
+    done = train(process, spec, memory=340)
     assert any("memory was too small: batches of" in note for note in done.result["notes"])
     assert done.of("step")[-1]["of"] == 1
 
