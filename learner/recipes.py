@@ -22,8 +22,6 @@ from msgspec.structs import replace
 from learner.spec import Hyper
 
 MILLION, BILLION = 10**6, 10**9
-EFFECTIVE_BATCH = 32
-"""Examples a step of all but tiny models."""
 
 TABLE: tuple[tuple[int, Hyper], ...] = (
     (20 * MILLION, Hyper(learning_rate=2e-3, batch=16, max_length=512, evaluate_every=20)),

@@ -69,8 +69,11 @@ def test_reading_an_example_is_put_on_record(config: Path, capsys: pytest.Captur
 
     folder = built(config, capsys)["folder"]
     assert run(config, "dataset", "show", folder, "0") in (0, 1)
+    assert run(config, "dataset", "show", folder) == 0
+    assert run(config, "dataset", "export", folder, "--to", "huggingface", "--out", str(config.with_name("out"))) == 0
     reads = Journal(config.with_name("understudy.db")).reads()
-    assert [what for _, _, what in reads] == ["example 0"]
+    name = Path(folder).name
+    assert [what for _, _, what in reads] == ["example 0", f"dataset {name}", f"export of dataset {name}"]
 
 
 @pytest.mark.parametrize("format", ["huggingface", "argilla", "label-studio"])

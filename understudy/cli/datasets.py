@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from understudy import settings as config
 from understudy.cli.common import Arguments, Commands, config_option, emit, json_option
+
+if TYPE_CHECKING:
+    from telemetry.journal import Journal
 
 
 def add_dataset(commands: Commands) -> None:
@@ -62,7 +65,10 @@ def _build(arguments: Arguments) -> int:
     route = route_named(settings, arguments.route)
     policy = learning.dataset_policy(settings, route, arguments.policy)
     folder = arguments.out or learning.datasets_folder(settings, route)
-    built = dataset.build(learning.source(settings, route, Journal(settings.journal_path)), policy, folder)
+    journal = Journal(settings.journal_path)
+    built = dataset.build(learning.source(settings, route, journal), policy, folder)
+    if not arguments.json:  # people are shown some of what was dropped
+        _on_record(journal, f"what was dropped from dataset {built.folder.name}")
     data = {"folder": str(built.folder), "hash": built.hash, "manifest": built.manifest}
     emit(arguments, data, lambda: show_learning.built(built))
     return 0
@@ -70,28 +76,35 @@ def _build(arguments: Arguments) -> int:
 
 def _show(arguments: Arguments) -> int:
     from learner import shards
+    from telemetry.journal import Journal
     from understudy import show_learning
 
     if arguments.example is not None:
         return _explain(arguments)
     manifest = shards.manifest(arguments.folder)
+    _on_record(Journal(config.load(arguments.config).journal_path), f"dataset {arguments.folder.name}")
     examples = [one for _, one in zip(range(arguments.limit), shards.read(arguments.folder), strict=False)]
     data = {"manifest": manifest, "examples": [plain(one) for one in examples]}
     emit(arguments, data, lambda: show_learning.dataset(manifest, examples))
     return 0
 
 
-def _explain(arguments: Arguments) -> int:
+def _on_record(journal: Journal, what: str) -> None:
+    """Who is about to read what people wrote."""
     import getpass
     import time
 
+    journal.note_read(time.time(), f"{getpass.getuser()} at the command line", what)
+
+
+def _explain(arguments: Arguments) -> int:
     from learner import dataset
     from telemetry.events import to_dict
     from telemetry.journal import Journal
     from understudy import show_learning
 
     journal = Journal(config.load(arguments.config).journal_path)
-    journal.note_read(time.time(), f"{getpass.getuser()} at the command line", f"example {arguments.example}")
+    _on_record(journal, f"example {arguments.example}")
     found = dataset.explain(arguments.folder, arguments.example, journal)
     data = {
         "example": plain(found["example"]),
@@ -111,8 +124,10 @@ def plain(example: Any) -> Any:
 def _export(arguments: Arguments) -> int:
     from learner import shards
     from learner.export import FORMATS
+    from telemetry.journal import Journal
 
     examples = list(shards.read(arguments.folder))
+    _on_record(Journal(config.load(arguments.config).journal_path), f"export of dataset {arguments.folder.name}")
     written = dict(FORMATS[arguments.to](examples, arguments.out, with_users=arguments.users))
     data = {"folder": str(arguments.out), "format": arguments.to, "examples": len(examples), "written": written}
     emit(arguments, data, lambda: print(f"{written} of {len(examples)} examples for {arguments.to} in {arguments.out}"))
