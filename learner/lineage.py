@@ -133,6 +133,7 @@ def _example(archive: Archive, name: str, tenant: str) -> dict[str, Any] | None:
                     "came_from": [
                         _said(fact) if isinstance(fact, Interaction) else {"event_id": fact.event_id, "kind": fact.kind}
                         for fact in facts
+                        if isinstance(fact, Interaction | Signal)
                     ],
                     "led_to": [*_holding(archive, set(one.events), one.id)],
                 }

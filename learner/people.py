@@ -15,7 +15,7 @@ from math import ceil
 from statistics import fmean, pstdev
 
 from learner.examples import Example
-from telemetry.events import Fact, Interaction
+from telemetry.events import Fact, Interaction, Signal
 from telemetry.journal import came
 
 MINUTE = 60.0
@@ -72,7 +72,7 @@ class People:
         if isinstance(fact, Interaction):
             self.requests[cohort(fact)] += 1
             self._seen(person(fact.tenant, fact.user, fact.session), fact.at)
-        elif fact.subject:
+        elif isinstance(fact, Signal) and fact.subject:
             self._seen(person(fact.tenant, fact.subject, ""), came(fact))
 
     def _seen(self, name: str, at: float) -> None:

@@ -22,6 +22,18 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Reward given up for one unit of currency, where cost counts."""
     segmenter: str = ""
     """Version of what tells prompts apart, where they are the segments."""
+    lead: str = ""
+    """The arm of the config whose place a champion from the registry has taken."""
+    versions: tuple[str, ...] = ()
+    """Arms that are versions of the registry, by name: each is dressed as `lead` is, but for the model."""
+    kept: tuple[str, ...] = ()
+    """Arms that no session draws any more, and that those which have one may keep."""
+    rollout: str = ""
+    """The rollout under way, of `challenger` against `control`; the challenger has a weight once it is in canary."""
+    challenger: str = ""
+    control: str = ""
+    shadow: float = 0.0
+    """Share of requests of which the challenger gets a copy, whose answer nobody sees."""
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -33,6 +45,9 @@ class Choice(msgspec.Struct, frozen=True):
     segment: str = ""
     holdout: bool = False
     policy: str = ""
+    rollout: str = ""
+    """The rollout that the session takes part in, and the propensity of the other one of its two arms."""
+    rival: float = 0.0
 
 
 class Cell(msgspec.Struct, frozen=True, order=True):

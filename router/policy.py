@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from itertools import pairwise
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import (
@@ -391,47 +390,3 @@ class Reward(Written):
     refit: PositiveDuration = Field(86400.0, description="How often it is calibrated anew.")
     cost: Cost | None = Field(None, description="Weigh what sessions cost against their reward; needs arms' prices.")
     latency: Latency | None = Field(None, description="Weigh how long answers take against the reward.")
-
-
-class Stage(Written):
-    """One step of a rollout."""
-
-    share: float = Field(gt=0, le=1, description="Share of sessions the challenger gets.")
-    min_sessions: int = Field(200, ge=0, description="Rewarded sessions to see before the next step.")
-    min_time: Duration = Field(3600.0, description="Time to spend before the next step.")
-
-
-class Guardrail(Written):
-    """A limit that stops a rollout at once."""
-
-    metric: Literal["error_rate", "latency_p50", "latency_p95", "latency_p99"] = Field(description="What is watched.")
-    worse_by: Factor | None = Field(None, description='Trip when this many times the control\'s, such as "1.5x".')
-    above: Duration | None = Field(None, description="Trip above this: seconds of a latency, fraction of a rate.")
-    action: Literal["rollback", "pause"] = Field(description="What to do when it trips.")
-
-    @model_validator(mode="after")
-    def _has_a_limit(self) -> Guardrail:
-        if self.worse_by is None and self.above is None:
-            raise ValueError('has no limit; add worse_by (such as "1.5x") or above (such as "2s")')
-        return self
-
-
-class Rollout(Written):
-    """How a challenger earns traffic."""
-
-    stages: tuple[Stage, ...] = Field(
-        (Stage(share=0.05), Stage(share=0.2), Stage(share=0.5), Stage(share=1.0)),
-        min_length=1,
-        description="Steps with rising shares.",
-    )
-    alpha: float = Field(0.05, gt=0, lt=1, description="Chance of a wrong decision that is accepted.")
-    margin: float = Field(0.02, ge=0, lt=1, description="Loss of reward that is too small to matter.")
-    guardrails: tuple[Guardrail, ...] = Field((), description="Limits that stop a rollout at once.")
-
-    @field_validator("stages")
-    @classmethod
-    def _shares_rise(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-        for place, (before, after) in enumerate(pairwise(stages), 1):
-            if after.share <= before.share:
-                raise fault(f"does not rise; make it more than the {before.share:g} before it", str(place), "share")
-        return stages

@@ -1,8 +1,9 @@
 """The facts: what happened, as immutable records. Everything else is computed from these.
 
-Two kinds are journaled. An `Interaction` is one request and its answer; a `Signal` is one thing a user (or a
-business system) did about an answer or a session. Neither is ever changed: a later signal with the same
-`event_id`, or about the same (answer, kind, subject), counts instead of the earlier one, and both stay on record.
+An `Interaction` is one request and its answer; a `Signal` is one thing a user (or a business system) did about an
+answer or a session; a `Shadow` is what a challenger would have answered; a `Decision` is a step of a rollout. None is
+ever changed: a later signal with the same `event_id`, or about the same (answer, kind, subject), counts instead of the
+earlier one, and both stay on record.
 
 Times are Unix seconds (float), durations are seconds, all ids are opaque strings.
 """
@@ -73,6 +74,10 @@ class Answerer(msgspec.Struct, frozen=True, omit_defaults=True):
     holdout: bool = False
     recalled: bool = False
     """The session had this arm already; `propensity` is that of its first draw."""
+    rollout: str = ""
+    """The rollout that the session takes part in: it drew the challenger or the control."""
+    rival: float = 0.0
+    """Of such a session: the probability with which it would have drawn the other one of the two."""
 
 
 class Thread(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -180,10 +185,71 @@ class Signal(msgspec.Struct, frozen=True, tag="signal", tag_field="type", omit_d
     """A feedback token or an API key vouches that the subject may speak for this answer."""
 
 
-Fact = Interaction | Signal
+class Shadow(msgspec.Struct, frozen=True, tag="shadow", tag_field="type", omit_defaults=True):
+    """A challenger's answer to a copy of a real request, never shown to anyone, beside the one that was."""
+
+    event_id: str
+    at: float
+    route: str
+    tenant: str
+    rollout: str
+    model: str
+    """The challenger's version."""
+    of: str
+    """`request_id` of the interaction whose request was copied."""
+    user: str | None = None
+    """Pseudonym, as the interaction has it."""
+    error: str | None = None
+    """As of an `Interaction`."""
+    duration: float = 0.0
+    first_byte: float | None = None
+    tokens_out: int | None = None
+    characters: int = 0
+    """Of the answer's text."""
+    finish_reason: str | None = None
+    shown_error: str | None = None
+    """This and what follows: of the answer that was shown."""
+    shown_duration: float = 0.0
+    shown_first_byte: float | None = None
+    shown_tokens_out: int | None = None
+    shown_characters: int = 0
+    redacted: tuple[str, ...] = ()
+    """As of an `Interaction`."""
+    answer: str | None = None
+    tool_calls: Any = None
+
+
+class Decision(msgspec.Struct, frozen=True, tag="decision", tag_field="type", omit_defaults=True):
+    """A step of a route's rollout: who decided it, by which policy, and on what evidence."""
+
+    event_id: str
+    """The same for the same step, so that one told twice is one."""
+    at: float
+    route: str
+    rollout: str
+    number: int
+    """Of the rollout's decisions, from 1."""
+    verb: str
+    """`begin`, `advance`, `pause`, `resume`, `promote`, `promoted`, `rollback`, `rolled_back` or `undo`."""
+    actor: str
+    """`controller`, `learner`, or who asked for it."""
+    why: str = ""
+    phase: str = ""
+    """That the rollout is in from here on."""
+    step: int = 0
+    challenger: str = ""
+    control: str = ""
+    policy: str = ""
+    """Digest of the rollout's policy."""
+    evidence: dict[str, Any] = {}
+    tenant: str = ""
+    """Nobody's: a route's rollout is for all of its tenants."""
+
+
+Fact = Interaction | Signal | Shadow | Decision
 
 _encoder = msgspec.json.Encoder()
-_decoder: msgspec.json.Decoder[Fact] = msgspec.json.Decoder(Interaction | Signal)
+_decoder: msgspec.json.Decoder[Fact] = msgspec.json.Decoder(Fact)
 
 
 def answer_name(response_id: str) -> str:

@@ -15,7 +15,19 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from telemetry.events import ELSEWHERE, REPLACED, Fact, Interaction, Signal, answer_name, decode, encode, names_of
+from telemetry.events import (
+    ELSEWHERE,
+    REPLACED,
+    Decision,
+    Fact,
+    Interaction,
+    Shadow,
+    Signal,
+    answer_name,
+    decode,
+    encode,
+    names_of,
+)
 from telemetry.sqlite import BUSY_SECONDS, connect, transaction, translated
 
 log = logging.getLogger("understudy.journal")
@@ -57,6 +69,7 @@ MIGRATIONS = [
     CREATE INDEX facts_trace ON facts (trace_id, type) WHERE trace_id IS NOT NULL
     """,
     "CREATE TABLE text_reads (at REAL NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL)",
+    "CREATE INDEX facts_decision ON facts (seq) WHERE type = 'decision'",
 ]
 
 COLUMNS = "event_id, type, at, tenant, route, session, request_id, response_id, trace_id, body"
@@ -272,6 +285,14 @@ class Journal:
             found |= dict(self._select(where, (*part, tenant)))
         return [found[seq] for seq in sorted(found)]
 
+    def decisions(self, route: str | None = None, limit: int = 1000) -> list[Decision]:
+        """The last steps of rollouts, each once, oldest first."""
+        rows = self._select(
+            "WHERE type = 'decision' AND (?1 IS NULL OR route = ?1) ORDER BY seq DESC LIMIT ?2", (route, limit)
+        )
+        found = {fact.event_id: fact for _, fact in reversed(rows) if isinstance(fact, Decision)}
+        return list(found.values())
+
     def in_traces(self, interactions: Iterable[Interaction]) -> list[Signal]:
         """Signals that name only the trace of one of `interactions`."""
         keys = dict.fromkeys((i.tenant, i.trace_id) for i in interactions if i.trace_id)
@@ -378,7 +399,7 @@ class Journal:
 
 def came(fact: Fact) -> float:
     """When we heard of it: what happened long ago may be told today."""
-    return fact.at if isinstance(fact, Interaction) else fact.received_at or fact.at
+    return fact.received_at or fact.at if isinstance(fact, Signal) else fact.at
 
 
 def _not_about(signal: Signal, answer: Interaction) -> Signal:
@@ -409,10 +430,13 @@ def _row(fact: Fact) -> tuple[object, ...]:
             fact.event_id, "interaction", fact.at, fact.tenant, fact.route, fact.session,
             fact.request_id, _foreign(fact), fact.trace_id, body,
         )  # fmt: skip
-    return (
-        fact.event_id, "signal", fact.at, fact.tenant, None, fact.session,
-        None, fact.response_id, fact.trace_id, body,
-    )  # fmt: skip
+    if isinstance(fact, Signal):
+        return (
+            fact.event_id, "signal", fact.at, fact.tenant, None, fact.session,
+            None, fact.response_id, fact.trace_id, body,
+        )  # fmt: skip
+    kind = "shadow" if isinstance(fact, Shadow) else "decision"
+    return fact.event_id, kind, fact.at, fact.tenant, fact.route, None, None, None, None, body
 
 
 def _foreign(fact: Interaction) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from telemetry.events import Fact, Interaction
+from telemetry.events import Decision, Fact, Interaction, Shadow
 
 # Quantifiers before something that may be missing are bounded: a text may be an image of a megabyte in base64.
 _UUID = r"(?P<uuid>\b[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}\b)"
@@ -203,6 +203,12 @@ def strictest(levels: Iterable[Level]) -> Level:
 
 def stripped(fact: Fact) -> Fact:
     """`fact` without any text that people or models wrote."""
+    if isinstance(fact, Decision):
+        return fact
+    if isinstance(fact, Shadow):
+        if fact.answer is None and fact.tool_calls is None:
+            return fact
+        return msgspec.structs.replace(fact, answer=None, tool_calls=None, redacted=("gone",))
     if isinstance(fact, Interaction):
         if fact.messages is None and fact.answer is None and fact.tool_calls is None:
             return fact
@@ -212,6 +218,12 @@ def stripped(fact: Fact) -> Fact:
 
 def masked(fact: Fact, mask: Callable[[str], str]) -> Fact:
     """`fact` with each of its texts as `mask` returns it."""
+    if isinstance(fact, Decision):
+        return fact
+    if isinstance(fact, Shadow):
+        return msgspec.structs.replace(
+            fact, answer=_each_text(fact.answer, mask), tool_calls=_each_text(fact.tool_calls, mask)
+        )
     if isinstance(fact, Interaction):
         return msgspec.structs.replace(
             fact,
@@ -243,4 +255,8 @@ def forgotten(fact: Fact, nobody: str) -> Fact:
         return msgspec.structs.replace(
             bare, user=nobody, task_id=None, retrieval_ids=(), country=None, input_hash=None, thread=None, previous=None
         )
+    if isinstance(bare, Shadow):
+        return msgspec.structs.replace(bare, user=nobody)
+    if isinstance(bare, Decision):
+        return bare
     return msgspec.structs.replace(bare, subject=nobody)

@@ -477,7 +477,8 @@ DURATION = ("not a duration", 'write one like "500ms", "30s", "10m", "1h" or "7d
          "make it more than the 0.5 before it"),
         ("    rollout: {stages: []}\n", "rollout.stages", "must not be empty", "write at least one"),
         ("    rollout: {guardrails: [{metric: error_rat, above: 1, action: pause}]}\n",
-         "rollout.guardrails[0].metric", "must be error_rate, latency_p50, latency_p95 or latency_p99",
+         "rollout.guardrails[0].metric", "must be error_rate, latency_p50, latency_p95, latency_p99, first_byte_p50, first_byte_p95, first_byte_p99, "
+         "satisfaction, flag_rate, signal_rate or sample_ratio",
          'did you mean "error_rate"?'),
         ("    rollout: {guardrails: [{metric: error_rate, action: pause}]}\n", "rollout.guardrails[0]",
          "has no limit", 'add worse_by (such as "1.5x") or above (such as "2s")'),

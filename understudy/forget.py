@@ -15,7 +15,7 @@ from learner.examples import Example
 from learner.registry import Registry
 from router.store import Store
 from telemetry.errors import StateError
-from telemetry.events import Fact, Interaction, Signal
+from telemetry.events import Fact, Interaction, Shadow, Signal
 from telemetry.journal import Journal
 from telemetry.privacy import forgotten, stripped
 
@@ -87,7 +87,13 @@ def _forget_examples(
 
 
 def _is_of(fact: Fact, name: str) -> bool:
-    return name == (fact.user if isinstance(fact, Interaction) else fact.subject)
+    match fact:
+        case Interaction() | Shadow():
+            return fact.user == name
+        case Signal():
+            return fact.subject == name
+        case _:
+            return False
 
 
 def _bare(fact: Fact, name: str, nobody: str) -> Fact:

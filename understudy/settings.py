@@ -26,7 +26,6 @@ from router.policy import (
     Policy,
     PositiveDuration,
     Reward,
-    Rollout,
     Split,
     Text,
     Thompson,
@@ -34,6 +33,7 @@ from router.policy import (
     fault,
     least_share,
 )
+from router.rollout_policy import Rollout
 from telemetry.privacy import RECOGNISERS, Level, Recogniser
 from understudy.config_text import ConfigError, Problem, dotted, problems_of, read
 
