@@ -38,7 +38,8 @@ from redis_server import RedisServer
 
 from router.arms import Cell, Sums
 from router.bandit import bucket_of
-from router.controller import Controller, RoutePlan
+from router.controller import Controller
+from router.plan import RoutePlan
 from router.policy import Arm, Reward, Thompson
 from router.store_redis import RedisStore
 from telemetry.errors import StateError

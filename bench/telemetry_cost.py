@@ -42,7 +42,8 @@ from gateway.openai import parse_request
 from gateway.proxy import Proxy, Route, Visit
 from gateway.sessions import Sessions
 from router.arms import Choice
-from router.controller import Controller, RoutePlan
+from router.controller import Controller
+from router.plan import RoutePlan
 from router.policy import Arm, Reward, Thompson
 from router.store_sqlite import SqliteStore
 from telemetry.events import Interaction, new_id

@@ -267,22 +267,33 @@ def draw(snapshot: Snapshot, u: float, segment: str = "") -> Choice:
     """The arm of the session whose hash is `u`, with the exact probability that it would be drawn.
 
     Sessions with u < holdout draw uniformly: since u is the session's own, it is in the holdout for ever. An
-    arm's propensity counts both ways to it.
+    arm's propensity counts both ways to it. The challenger of a rollout is none of the holdout's arms: its stage says
+    how many sessions it may have. One that draws the challenger or the control, while it may be either, takes part in
+    the rollout and is told the other one's propensity.
     """
     weights = snapshot.segments.get(segment)
     if weights is None:
         weights = snapshot.segments[""]
         segment = "" if snapshot.full else segment
-    h, k = snapshot.holdout, len(weights)
+    h, challenger = snapshot.holdout, snapshot.challenger
+    even = len(weights) - (challenger in weights)
+    barred = challenger if even else ""
+    uniform = 1.0 / (even or 1)
     in_holdout = u < h
     rest = u / h if in_holdout else (u - h) / (1.0 - h)
     arm, passed = "", 0.0
     for name, weight in weights.items():
-        share = 1.0 / k if in_holdout else weight
+        share = weight if not in_holdout else 0.0 if name == barred else uniform
         passed += share
         if share > 0.0:
             arm = name  # the last arm that has a share takes what rounding leaves over
         if rest < passed:
             break
-    propensity = h / k + (1.0 - h) * weights[arm]
+    propensity = (0.0 if arm == barred else h * uniform) + (1.0 - h) * weights[arm]
+    if snapshot.rollout and (arm == challenger or arm == snapshot.control):
+        ours, theirs = weights.get(challenger, 0.0), weights.get(snapshot.control, 0.0)
+        if ours > 0.0 and theirs > 0.0:
+            rival = (1.0 - h) * ours if arm != challenger else h * uniform + (1.0 - h) * theirs
+            version, policy = snapshot.version, snapshot.policy
+            return Choice(arm, propensity, version, segment, in_holdout, policy, snapshot.rollout, rival)
     return Choice(arm, propensity, snapshot.version, segment, in_holdout, snapshot.policy)

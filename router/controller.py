@@ -19,20 +19,25 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
 from router.arms import Cell, Snapshot, Sums
 from router.calibrate import Calibration, calibrated, fit, metric_of
-from router.policy import Arm, Policy, Prompts, Reward, Split
+from router.casting import Parts, billed, capped, cast, fitting, split_shares
+from router.plan import RoutePlan
+from router.policy import Prompts, Reward, Split
 from router.price import measured, priced
 from router.refit import Refits, keep, segmenter_of
-from router.reward import Heard, session_reward
+from router.reward import Heard, Requests, Session, by_session, session_reward
+from router.rollout_controller import Registrar
+from router.rollouts import Rollouts
 from router.store import Change, Store, session_key
 from router.weights import shares
 from telemetry.errors import Fenced, StateError
-from telemetry.events import Fact, Interaction, Signal, answer_name, names_of
+from telemetry.events import Fact, Interaction, Signal
 from telemetry.journal import Journal, meant
 from telemetry.privacy import stripped
 from telemetry.signals import Rules, after_silence, alike, compared, heard_from
@@ -45,23 +50,15 @@ BATCH = 1000
 REMEMBERED = 20_000
 """Facts before the mark that a new controller reads to know threads that go on."""
 UNFIT_SECONDS = 30.0
+PROMPTLY = 0.5
+"""Seconds between rounds, at most, where a rollout may have to be stopped."""
+TOLD = (
+    *("policy", "holdout", "full", "segmenter"),
+    *("lead", "versions", "kept", "rollout", "challenger", "control", "shadow"),
+)
+"""What of a snapshot makes a new one, however little its weights moved."""
 SLOWLY = 30.0
 """Seconds after which weights are computed again though no sum changed: evidence ages."""
-
-Session = tuple[str, str]
-"""Tenant, session."""
-Requests = Mapping[Session, list[tuple[int, Interaction]]]
-"""Of each session, its requests with their sequence numbers, oldest first."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoutePlan:
-    """What the controller needs to know of a route."""
-
-    name: str
-    arms: Mapping[str, Arm]
-    policy: Policy
-    reward: Reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +91,27 @@ class Controller:
         store: Store,
         owner: str,
         told: Callable[[Signal, Interaction], None] | None = None,
+        registrar: Registrar | None = None,
+        alert: Callable[[str, Mapping[str, Any]], None] = lambda *_: None,
     ) -> None:
-        """`told` hears of every signal with its answer, as soon as both are journaled; after a takeover maybe twice."""
+        """`told` hears of every signal with its answer, as soon as both are journaled; after a takeover maybe twice.
+
+        `registrar` keeps the aliases of versions, where there are any; `alert` is told a route and what happened to
+        its rollout.
+        """
         self.routes = {route.name: route for route in routes}
         self._rules = {name: rules(plan.reward) for name, plan in self.routes.items()}
         self._journal = journal
         self._store = store
         self._threads: Threads | None = None
         self._refits = Refits(journal.path)
+        self._rollouts = Rollouts(self.routes.values(), journal, store, registrar, alert)
         self._owner = owner
         self._told = told
         self._full: set[str] = set()
         """Routes whose segments were said to be too many."""
-        self._computed: dict[str, tuple[int, int, float]] = {}
-        """By route: of which changes, to which version, in which span of time weights were last computed."""
+        self._computed: dict[str, tuple[Any, ...]] = {}
+        """By route: of which changes and parts, to which version, in which span of time weights were last computed."""
         self._fit_again: dict[str, float] = {}
         """By route that has too few votes for a model: when to look again."""
         self._ripening: dict[float, tuple[int, float]] = {}
@@ -115,7 +119,7 @@ class Controller:
 
     def run(self, stopping: threading.Event) -> None:
         """Work until `stopping` is set, waiting a policy's refresh between rounds; outlives any outage of the store."""
-        refresh = min((route.policy.refresh for route in self.routes.values()), default=1.0)
+        refresh = min((self._pace(route) for route in self.routes.values()), default=1.0)
         complained = ""
         while not stopping.is_set():
             try:
@@ -134,6 +138,12 @@ class Controller:
             log.warning("the lease was not given back: %s", error)
         self._refits.close()
 
+    @staticmethod
+    def _pace(route: RoutePlan) -> float:
+        """Seconds between rounds: what is decided on a rollout must soon be so everywhere."""
+        pace = route.policy.refresh
+        return pace if route.rollout is None else min(pace, route.rollout.interval, PROMPTLY)
+
     def step(self, now: float) -> bool:
         """Take in at most a batch of new facts and publish what follows. True if more facts are waiting."""
         lease = self._store.lease(self._owner, LEASE_SECONDS, now)
@@ -147,6 +157,9 @@ class Controller:
         facts = self._journal.read(read, BATCH)
         end = facts[-1][0] if facts else read
         ripened = [self._ripened(window, end, now) for window in {r.reward.window for r in self.routes.values()}]
+        marks = {one.window: one.mark for one in ripened}
+        self._rollouts.find(read, {name: marks[plan.reward.window] for name, plan in self.routes.items()})
+        self._rollouts.facts(facts)
         heard = 0
         new = {seq: fact for one in ripened for seq, fact in one.signals} | dict(facts)
         if new:
@@ -155,9 +168,10 @@ class Controller:
             if self._told is not None:
                 self._tell(facts)
             self._silence(facts)
-            self._settle(sessions, {one.window: one.mark for one in ripened}, lease.token)
+            self._settle(sessions, marks, lease.token)
+        parts = self._rollouts.look(facts, now, lease.token)
         for route in self.routes.values():
-            self._publish(route, now, lease.token)
+            self._publish(route, parts[route.name], now, lease.token)
         for one in ripened:
             if one.mark > one.before:
                 self._store.mark(matured(one.window), one.mark, lease.token)
@@ -280,28 +294,31 @@ class Controller:
         for key, heard in by_session(sessions, signals).items():
             for name in {i.route for _, i in sessions[key]} & self.routes.keys():
                 plan = self.routes[name]
+                self._rollouts.settled(name, key, sessions[key], heard, marks[plan.reward.window])
                 revision, cells = contribution(plan, sessions[key], heard, marks[plan.reward.window])
                 changes.setdefault(name, []).append(Change(session_key(*key), revision, cells))
         for name, of_route in changes.items():
             self._store.apply(name, of_route, token)
 
-    def _publish(self, route: RoutePlan, now: float, token: int) -> None:
+    def _publish(self, route: RoutePlan, parts: Parts, now: float, token: int) -> None:
         """Publish the route's weights if they moved. While no sum changed only time moves them, and slowly."""
         current, changes = self._store.snapshot(route.name), self._store.changes(route.name)
-        known = current is not None and self._computed.get(route.name) == (changes, current.version, now // SLOWLY)
+        about = changes, parts.key, now // SLOWLY
+        known = current is not None and self._computed.get(route.name) == (*about, current.version)
         if known and not self._refits.done(route.name):
             return
-        new = self.snapshot(route, now, (current.version if current else 0) + 1, token)
+        new = self.snapshot(route, parts, now, (current.version if current else 0) + 1, token)
         if current is None or _moved(current, new):
             self._store.publish(new, token)
             current = new
-        self._computed[route.name] = changes, current.version, now // SLOWLY
+        self._computed[route.name] = *about, current.version
 
-    def snapshot(self, route: RoutePlan, now: float, version: int, token: int) -> Snapshot:
-        """What the sums say now."""
-        policy = route.policy
+    def snapshot(self, route: RoutePlan, parts: Parts, now: float, version: int, token: int) -> Snapshot:
+        """What the sums say now, of those who play a part."""
+        policy = fitting(route.policy, len(parts.arms))
         if isinstance(policy, Split):
-            return replace(initial_snapshot(route, now), version=version)
+            split = replace(initial_snapshot(route, now), version=version, segments=split_shares(policy, parts))
+            return billed(split, parts)
         cells = self._store.sums(route.name)
         calibration = self._calibration(route, cells, now, token)
         if calibration is not None:
@@ -310,10 +327,13 @@ class Controller:
         if full and route.name not in self._full:
             self._full.add(route.name)
             log.warning("route %s: %d segments, no more get weights of their own", route.name, policy.max_segments)
-        cost = priced(policy, route.arms, cells, now, route.reward)
-        segments = shares(policy, route.arms, cells, now, cost.burdens)
+        cost = priced(policy, parts.arms, cells, now, route.reward)
+        segments = shares(policy, parts.arms, cells, now, cost.burdens)
+        if parts.rollout is not None:
+            segments = capped(segments, parts.rollout.challenger, min(1.0, parts.cap / (1.0 - policy.holdout)))
         segmenter = self._segmenter(route.name, policy.prompts, now, token) if policy.segment_by == "prompt" else ""
-        return Snapshot(route.name, version, now, policy.kind, policy.holdout, segments, full, cost.price, segmenter)
+        new = Snapshot(route.name, version, now, policy.kind, policy.holdout, segments, full, cost.price, segmenter)
+        return billed(new, parts)
 
     def _segmenter(self, route: str, prompts: Prompts, now: float, token: int) -> str:
         """The version of what tells the route's prompts apart, learned anew if it is due; "" while there is none."""
@@ -350,23 +370,6 @@ def _about(signal: Signal) -> tuple[str | None, ...]:
     return signal.tenant, signal.response_id, signal.trace_id, signal.session
 
 
-def by_session(sessions: Requests, signals: Iterable[Heard]) -> dict[Session, list[Heard]]:
-    """The signals about each session. One without any is left out: it has nothing to contribute, nor to take back."""
-    session_of = {
-        (tenant, name): session
-        for (tenant, session), requests in sessions.items()
-        for _, i in requests
-        for name in names_of(i)
-    }
-    heard: dict[Session, list[Heard]] = {}
-    for seq, s in signals:
-        name = s.response_id and answer_name(s.response_id)
-        session = session_of.get((s.tenant, name)) if name else s.session
-        if session is not None:
-            heard.setdefault((s.tenant, session), []).append((seq, s))
-    return heard
-
-
 def contribution(
     plan: RoutePlan, requests: Sequence[tuple[int, Interaction]], signals: Sequence[Heard], mark: int
 ) -> tuple[int, dict[Cell, Sums]]:
@@ -398,7 +401,7 @@ def calibration_of(store: Store, route: str) -> Calibration | None:
 
 def _moved(old: Snapshot, new: Snapshot) -> bool:
     """Some weight moved by a thousandth, or something else changed: worth a new version."""
-    if any(getattr(old, name) != getattr(new, name) for name in ("policy", "holdout", "full", "segmenter")):
+    if any(getattr(old, name) != getattr(new, name) for name in TOLD):
         return True
     if old.segments.keys() != new.segments.keys():
         return True
@@ -409,4 +412,5 @@ def _moved(old: Snapshot, new: Snapshot) -> bool:
 def initial_snapshot(route: RoutePlan, now: float) -> Snapshot:
     """What a gateway draws from until the controller has published: the policy without any evidence."""
     holdout = 0.0 if isinstance(route.policy, Split) else route.policy.holdout
-    return Snapshot(route.name, 0, now, route.policy.kind, holdout, shares(route.policy, route.arms, {}, now))
+    fresh = Snapshot(route.name, 0, now, route.policy.kind, holdout, shares(route.policy, route.arms, {}, now))
+    return billed(fresh, Parts(cast(route.arms, {}), route.arms))

@@ -14,6 +14,7 @@ import numpy as np
 
 from router.arms import Cell, Sums
 from router.bandit import Floats
+from router.casting import is_version, lead_of
 from router.policy import Arm, Learned, Reward
 from router.weights import mean_of, shares
 from telemetry.events import Interaction
@@ -84,13 +85,21 @@ def _price_within(
     return high
 
 
+def _arm(answer: Interaction, arms: Mapping[str, Arm]) -> Arm | None:
+    """Whose price an answer has: a version's (whose arm is named after it) is the lead's, as whom it is dressed."""
+    who = answer.answerer
+    return arms.get(who.arm) or (arms[lead_of(arms)] if is_version(who.arm) else None)
+
+
 def _billed(answer: Interaction, arms: Mapping[str, Arm]) -> bool:
-    arm = arms.get(answer.answerer.arm)
+    arm = _arm(answer, arms)
     return bool(arm and arm.price) and answer.tokens_in is not None and answer.tokens_out is not None
 
 
 def _cost(answer: Interaction, arms: Mapping[str, Arm]) -> float:
-    price = arms[answer.answerer.arm].price
+    arm = _arm(answer, arms)
+    assert arm is not None
+    price = arm.price
     assert price is not None
     return ((answer.tokens_in or 0) * price.input + (answer.tokens_out or 0) * price.output) / 1e6
 

@@ -26,12 +26,18 @@ TWO_SIDED = frozenset(["thumb", "rating", "comparison", "survey", "outcome"])
 NAMED = frozenset(["survey", "outcome"])
 GONE = frozenset([REPLACED, ELSEWHERE])
 """What a session is looked at again for, and that counts for nothing."""
+NOT_DRAWN = frozenset(["pinned", "fallback"])
+"""Policies of answers by an arm that the session did not draw: an operator named it, or no replica served its own."""
 SESSION = "session"
 """In the place of an answer: the session as a whole."""
 ALL = 2**63 - 1
 
 Heard = tuple[int, Signal]
 """A signal with its sequence number."""
+Session = tuple[str, str]
+"""Tenant, session."""
+Requests = Mapping[Session, list[tuple[int, Interaction]]]
+"""Of each session, its requests with their sequence numbers, oldest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +115,10 @@ def session_reward(
     """The reward of one session on one route; None while there is no evidence.
 
     `interactions`: oldest first. `signals`: all signals about them, in order of arrival. `matured`: the sequence
-    number up to which signals have waited for `terms.window`. Answers that failed, and those that an operator pinned
-    to an arm, are no evidence about an arm's quality. A verdict on the session stands beside those on its answers.
+    number up to which signals have waited for `terms.window`. Answers that failed, and those by an arm that the session
+    did not draw, are no evidence about an arm's quality. A verdict on the session stands beside those on its answers.
     """
-    answers = [i for i in interactions if i.error in (None, "client_left") and i.answerer.policy != "pinned"]
+    answers = [i for i in interactions if i.error in (None, "client_left") and i.answerer.policy not in NOT_DRAWN]
     if not answers:
         return None
     names = {name: i.event_id for i in answers for name in (*names_of(i), i.trace_id) if name}
@@ -161,3 +167,20 @@ def _result(signal: Signal, outcome: Outcome) -> float | None:
     if signal.kind != "outcome" or signal.name != outcome.name or signal.value is None:
         return None
     return max(0.0, min(1.0, (signal.value - outcome.worst) / (outcome.best - outcome.worst)))
+
+
+def by_session(sessions: Requests, signals: Iterable[Heard]) -> dict[Session, list[Heard]]:
+    """The signals about each session. One without any is left out: it has nothing to contribute, nor to take back."""
+    session_of = {
+        (tenant, name): session
+        for (tenant, session), requests in sessions.items()
+        for _, i in requests
+        for name in names_of(i)
+    }
+    heard: dict[Session, list[Heard]] = {}
+    for seq, s in signals:
+        name = s.response_id and answer_name(s.response_id)
+        session = session_of.get((s.tenant, name)) if name else s.session
+        if session is not None:
+            heard.setdefault((s.tenant, session), []).append((seq, s))
+    return heard

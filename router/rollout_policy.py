@@ -1,4 +1,4 @@
-"""What an operator writes about rollouts: the steps, the test, the guardrails, who must agree. Shapes and their checks."""
+"""What an operator writes about rollouts: steps, test, guardrails, who must agree. Only shapes and their checks."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from router.arms import Cell, Sums
 from router.bandit import BUCKET
 from router.calibrate import FOLDS, Calibration, calibrated, corrections, fit, fold_of, metric_of, pattern_of
-from router.controller import Controller, RoutePlan, calibration_of
+from router.controller import Controller, calibration_of
+from router.plan import RoutePlan
 from router.policy import Arm, Reward, Thompson
 from router.store_sqlite import SqliteStore
 from router.weights import beliefs

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.arms import Cell, Sums
-from router.controller import Controller, RoutePlan
+from router.controller import Controller
+from router.plan import RoutePlan
 from router.policy import Arm, Policy, Reward, Split, Thompson
 from router.store import Change
 from router.store_sqlite import SqliteStore

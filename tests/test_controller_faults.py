@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from redis_server import RedisServer
 
 from router.arms import Snapshot, Sums
-from router.controller import BATCH, LEASE_SECONDS, Controller, RoutePlan
+from router.controller import BATCH, LEASE_SECONDS, Controller
+from router.plan import RoutePlan
 from router.policy import Arm, Reward, Thompson
 from router.store import Store
 from router.store_redis import RedisStore

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.arms import Cell, Sums
-from router.controller import Controller, RoutePlan
+from router.controller import Controller
+from router.plan import RoutePlan
 from router.policy import Arm, Cost, Epsilon, Latency, Learned, Price, Reward, Thompson
 from router.price import COST, LATENCY, measured, priced
 from router.store_sqlite import SqliteStore

@@ -43,7 +43,8 @@ routes:
               alpha: 0.05, margin: 0.02,
               guardrails: [{metric: error_rate, worse_by: 1.5x, action: rollback},
                            {metric: latency_p99, above: 2s, action: pause}]}
-    learner: {base: ./models/base, min_pairs: 500, every: 7d, gate: {…}}
+    learner: {base: ./models/base, min_pairs: 500, every: 7d,
+              gate: {main: win_rate, max_length_ratio: 1.1x, judge: {model: openai/judge, api_key: k}}}
 """
 
 # One route in block style; a test adds its own lines below and counts from here.

@@ -12,7 +12,8 @@ from starlette.applications import Starlette
 from gateway import app
 from gateway.proxy import Route
 from gateway.upstream import Replica, Timeouts
-from router.controller import Controller, RoutePlan, initial_snapshot
+from router.controller import Controller, initial_snapshot
+from router.plan import RoutePlan
 from router.policy import Learned, Linear
 from router.store import Store
 from router.store_redis import RedisStore

@@ -22,7 +22,8 @@ from pydantic import Field, ValidationError
 
 from router.arms import Cell, Sums
 from router.bandit import Floats, bucket_of
-from router.controller import RoutePlan, by_session
+from router.plan import RoutePlan
+from router.reward import by_session
 from router.features import is_key_of
 from router.ope import MIN_ESS, UNKNOWN, Estimate, Evaluation, evaluate, folds_of, predict
 from router.policy import Arm, Learned, Linear, Policy, Split, Written

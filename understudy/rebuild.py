@@ -14,7 +14,9 @@ from itertools import chain
 from typing import Any
 
 from router.arms import Cell, Sums
-from router.controller import LEASE_SECONDS, Controller, RoutePlan, Session, by_session, contribution, matured
+from router.controller import LEASE_SECONDS, Controller, contribution, matured
+from router.plan import RoutePlan
+from router.reward import Session, by_session
 from router.store import Change, Store, session_key
 from telemetry.errors import StateError
 from telemetry.events import Interaction

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from router.calibrate import calibrated
-from router.controller import RoutePlan, calibration_of, initial_snapshot
+from router.controller import calibration_of, initial_snapshot
+from router.plan import RoutePlan
 from router.policy import Learned, Thompson
 from router.price import priced
 from router.refit import segmenter_of

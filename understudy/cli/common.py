@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from understudy import settings as config
 
 if TYPE_CHECKING:
-    from router.controller import RoutePlan
+    from router.plan import RoutePlan
     from router.store import Store
     from telemetry.journal import Journal
 

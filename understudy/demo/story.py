@@ -23,7 +23,8 @@ from typing import Any
 import openai
 from rich.live import Live
 
-from router.controller import RoutePlan, matured
+from router.controller import matured
+from router.plan import RoutePlan
 from telemetry.journal import Journal
 from understudy import report, show
 from understudy.compose import open_store, route_plans

@@ -1,0 +1,317 @@
+"""A route's rollout, carried on by whoever holds the controller's lease; and what operators and the learner ask of it.
+
+The document `rollout/{route}` says where it stands; each change is a compare-and-set, so of an operator's promote and
+the controller's rollback one comes first and the other is refused. What follows a promotion or a rollback elsewhere
+(aliases, tags) is done while the document says that it is under way, and again by whoever finds it so. Evidence is not
+kept: it is read from the journal by a controller that begins (`router.trial`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import msgspec
+from msgspec.structs import replace
+
+from router import analysis
+from router.analysis import Move, decide, evidence, impact
+from router.rollout import CONTROLLER, Alias, Refused, Rollout, Waits, approve, begin, resume, start, turn
+from router.rollout_policy import Rollout as Policy
+from router.store import Documents
+from router.trial import Heard, Session, Standing, Trial
+from telemetry.events import Decision, Interaction, Shadow
+
+log = logging.getLogger("understudy.rollout")
+
+UNFIT = ("dropped", "quarantined")
+"""Tags of versions that must not be drawn."""
+HISTORY = 200
+
+
+class Registrar(Protocol):
+    """Who keeps versions' aliases and tags (`learner.registry.Registry`)."""
+
+    def aliases(self, route: str) -> Mapping[Alias, str]: ...
+    def move_all(self, route: str, moves: Mapping[Alias, tuple[str | None, str | None]]) -> bool: ...
+    def tag(self, name: str, key: str, value: str | None) -> None: ...
+    def tags(self, name: str) -> Mapping[str, str]: ...
+
+
+class RolloutController:
+    """One route's rollout. Told of facts in the order of arrival, asked to `look` once in a while."""
+
+    def __init__(
+        self,
+        route: str,
+        policy: Policy,
+        documents: Documents,
+        registrar: Registrar,
+        journal: Callable[[Sequence[Decision]], None],
+        known: Callable[[Rollout], int],
+        alert: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
+        """`journal` puts decisions on record; `known` says how many of a rollout's are there already."""
+        self.route = route
+        self.policy = policy
+        self._documents, self._registrar = documents, registrar
+        self._journal, self._known, self._alert = journal, known, alert
+        self._told: dict[str, int] = {}
+        """By rollout: the number of its last decision that is on record."""
+        self._warned: set[str] = set()
+        self._looked = 0.0
+        self.trial: Trial | None = None
+        self.standing: Standing | None = None
+
+    def find(self) -> tuple[Rollout | None, bool]:
+        """The rollout as it stands, and whether its evidence must be read from the journal first."""
+        rollout = load(self._documents, self.route)[1]
+        if rollout is None or not rollout.active:
+            self.trial = None
+            return rollout, False
+        if rollout.phase == "pending" or (self.trial is not None and self.trial.id == rollout.id):
+            return rollout, False
+        self.trial, self.standing, self._looked = Trial(rollout), None, 0.0
+        self._warned.clear()
+        return rollout, True
+
+    def request(self, fact: Interaction) -> None:
+        if self.trial is not None:
+            self.trial.request(fact)
+
+    def shadow(self, fact: Shadow) -> None:
+        if self.trial is not None:
+            self.trial.shadow(fact)
+
+    def heard(self, session: Session, heard: Heard) -> None:
+        if self.trial is not None:
+            self.trial.heard(session, heard)
+
+    def aliases(self) -> Mapping[Alias, str]:
+        return self._registrar.aliases(self.route)
+
+    def takes_part(self, session: Session) -> bool:
+        return self.trial is not None and session in self.trial
+
+    def look(self, now: float, champion: str, baseline: Callable[[], float], budget: float | None) -> Rollout | None:
+        """Take the steps that are due; the rollout after them. `champion`: the arm that plays it now.
+
+        `budget`: the share of the error budget that is left. Raises `StateError`s; what was done then stays done.
+        """
+        body, rollout = load(self._documents, self.route)
+        while rollout is not None:
+            self._record(rollout)
+            after = self._next(rollout, now, champion, baseline, budget)
+            if after is None:
+                break
+            if not self._documents.swap(_name(self.route), body, msgspec.json.encode(after)):
+                log.info("route %s: somebody else moved the rollout; looking again", self.route)
+            body, rollout = load(self._documents, self.route)
+        return rollout
+
+    def _next(
+        self, rollout: Rollout, now: float, champion: str, baseline: Callable[[], float], budget: float | None
+    ) -> Rollout | None:
+        """One step; None where nothing is due."""
+        match rollout.phase:
+            case "pending":
+                return self._start(rollout, now, champion, baseline, budget)
+            case "promoting":
+                return self._promoted(rollout, now)
+            case "rolling_back":
+                return self._rolled_back(rollout, now)
+            case "running" | "paused":
+                return self._look(rollout, now, champion, budget)
+            case _:
+                return None
+
+    def _start(
+        self, rollout: Rollout, now: float, champion: str, baseline: Callable[[], float], budget: float | None
+    ) -> Rollout | None:
+        waits: Waits = ""
+        if why := self._unfit(rollout):
+            return turn(rollout, "rollback", CONTROLLER, why, now, self.policy)
+        if "begin" in self.policy.require_approval and "begin" not in rollout.approved:
+            waits = "begin"
+        elif budget is not None and budget < 0.0:
+            waits = "budget"
+        if waits:
+            return replace(rollout, waits=waits) if rollout.waits != waits else None
+        return start(rollout, champion, baseline(), self.policy, now)
+
+    def _look(self, rollout: Rollout, now: float, champion: str, budget: float | None) -> Rollout | None:
+        if self.trial is None or self.trial.id != rollout.id:
+            return None  # its evidence is not read yet
+        if champion != rollout.control:
+            why = f"the champion is {champion} by now, and no longer {rollout.control}"
+            return turn(rollout, "rollback", CONTROLLER, why, now, self.policy)
+        if self._looked and 0.0 <= now - self._looked < self.policy.interval and not rollout.approved:
+            return None
+        self._looked = now
+        self.standing = standing = self._stand(rollout, now, budget)
+        self._warn(rollout, standing)
+        move = decide(rollout, standing, self.policy, now)
+        if move is None:
+            return None
+        return self._moved(rollout, move, standing, now)
+
+    def _moved(self, rollout: Rollout, move: Move, standing: Standing, now: float) -> Rollout:
+        found = evidence(standing) | ({"impact": impact(standing)} if move.verb == "promote" else {})
+        if move.verb == "resume":
+            return resume(rollout, (), CONTROLLER, move.why, now, self.policy)
+        log.info("route %s: %s %s: %s", self.route, move.verb, rollout.challenger, move.why)
+        return turn(rollout, move.verb, CONTROLLER, move.why, now, self.policy, found, move.waits)
+
+    def _stand(self, rollout: Rollout, now: float, budget: float | None) -> Standing:
+        assert self.trial is not None
+        tags = self._registrar.tags(rollout.challenger)
+        doubt = f"data that {rollout.challenger} learned from was erased: {tags['erased']}" if "erased" in tags else ""
+        found = self.trial.standing(rollout, self.policy, now)
+        history = self.standing.history if self.standing is not None else ()
+        return replace(
+            found, unfit=self._unfit(rollout), doubt=doubt, budget_left=budget, history=_longer(history, found)
+        )
+
+    def _unfit(self, rollout: Rollout) -> str:
+        tags = self._registrar.tags(rollout.challenger)
+        return next((f"{rollout.challenger} was {tag}: {tags[tag]}" for tag in UNFIT if tag in tags), "")
+
+    def _promoted(self, rollout: Rollout, now: float) -> Rollout | None:
+        """The challenger is the champion: one write moves all three aliases, so there are never two."""
+        aliases = self._registrar.aliases(self.route)
+        before = aliases.get("champion")
+        if before != rollout.challenger:
+            moves: dict[Alias, tuple[str | None, str | None]] = {
+                "champion": (before, rollout.challenger),
+                "previous": (aliases.get("previous"), before),
+                "challenger": (aliases.get("challenger"), None),
+            }
+            if not self._registrar.move_all(self.route, moves):
+                return None  # somebody moved one meanwhile; the next look sees it
+        return turn(rollout, "promoted", CONTROLLER, f"{rollout.challenger} is the champion", now, self.policy)
+
+    def _rolled_back(self, rollout: Rollout, now: float) -> Rollout | None:
+        if "quarantined" not in self._registrar.tags(rollout.challenger):
+            self._registrar.tag(rollout.challenger, "quarantined", f"{rollout.id}: {rollout.why}")
+        if self._registrar.aliases(self.route).get("challenger") == rollout.challenger:
+            self._registrar.move_all(self.route, {"challenger": (rollout.challenger, None)})
+        return turn(rollout, "rolled_back", CONTROLLER, rollout.why, now, self.policy)
+
+    def _warn(self, rollout: Rollout, standing: Standing) -> None:
+        for one in standing.guardrails:
+            if one.tripped and one.metric not in self._warned:
+                self._warned.add(one.metric)
+                self._alert({"about": "guardrail", "rollout": rollout.id, **msgspec.to_builtins(one)})
+
+    def _record(self, rollout: Rollout) -> None:
+        """Put on record what is not yet, whoever decided it."""
+        told = self._told.get(rollout.id)
+        if told is None:
+            told = self._known(rollout)
+        new = [one for one in rollout.decisions if one.number > told]
+        if new:
+            self._journal(new)
+            for one in new:
+                self._alert({"about": "decision", **msgspec.to_builtins(replace(one, evidence={}))})
+        self._told[rollout.id] = max(told, *(one.number for one in rollout.decisions))
+
+
+def _longer(history: tuple[tuple[float, int, float, float, float], ...], found: Standing) -> Any:
+    """The looks so far, thinned to a few hundred that are about as far apart."""
+    if found.difference is None or found.lower is None or found.upper is None:
+        return history
+    judged = found.challenger.judged + found.control.judged
+    if history and history[-1][1] == judged:
+        return history
+    longer = (*history, (found.at, judged, found.difference, found.lower, found.upper))
+    return longer if len(longer) <= HISTORY else (*longer[:-1:2], longer[-1])
+
+
+# What operators and the learner ask.
+
+
+def load(documents: Documents, route: str) -> tuple[bytes | None, Rollout | None]:
+    body = documents.read(_name(route))
+    return body, msgspec.json.decode(body, type=Rollout) if body else None
+
+
+def propose(
+    documents: Documents, registrar: Registrar, route: str, version: str, actor: str, why: str, now: float
+) -> Rollout:
+    """Ask for a version to be rolled out; the controller starts it. Raises Refused."""
+    body, last = load(documents, route)
+    if last is not None and last.active and last.challenger == version:
+        return last
+    tags = registrar.tags(version)
+    if unfit := next((tag for tag in (*UNFIT, "erased") if tag in tags), None):
+        raise Refused(f"{version} was {unfit} ({tags[unfit]}), so it is not rolled out")
+    fresh = begin(last, route, version, actor, why, now)
+    has = registrar.aliases(route).get("challenger")
+    if has not in (None, version):
+        raise Refused(
+            f"route {route} has another challenger, {has}; one at a time: `understudy learn drop` gives it up"
+        )
+    if has is None and not registrar.move_all(route, {"challenger": (None, version)}):
+        raise Refused(f"route {route} got another challenger meanwhile; one at a time")
+    if not documents.swap(_name(route), body, msgspec.json.encode(fresh)):
+        raise Refused(f"somebody else moved route {route}'s rollout meanwhile; look at `understudy rollout status`")
+    return fresh
+
+
+def ask(
+    documents: Documents,
+    route: str,
+    verb: Literal["promote", "pause", "resume", "rollback"],
+    actor: str,
+    why: str,
+    now: float,
+    policy: Policy,
+    standing: Standing | None = None,
+) -> Rollout:
+    """An operator's wish. Raises Refused where it cannot be now; the rights are the caller's to look at."""
+    while True:
+        body, rollout = load(documents, route)
+        if rollout is None:
+            raise Refused(f"route {route} has no rollout; the learner begins one when a challenger passes its gate")
+        if verb == "promote" and rollout.phase == "pending":
+            after = replace(approve(rollout, "begin"), waits="", why=why)
+        elif verb == "resume":
+            excused = analysis.to_excuse(standing) if standing is not None else ()
+            after = resume(rollout, excused, actor, why, now, policy)
+        else:
+            found = evidence(standing) | {"impact": impact(standing)} if standing is not None else {}
+            after = turn(rollout, verb, actor, why, now, policy, found, "operator" if verb == "pause" else "")
+            after = approve(after, "promote") if verb == "promote" else after
+        if documents.swap(_name(route), body, msgspec.json.encode(after)):
+            return after
+
+
+def undo(
+    documents: Documents, registrar: Registrar, route: str, actor: str, why: str, now: float, policy: Policy
+) -> tuple[str, str | None]:
+    """Bring back the champion before this one, and end a rollout that is under way; both names (None: the config's).
+
+    Raises Refused if there is none to go back from.
+    """
+    _, rollout = load(documents, route)
+    if rollout is not None and rollout.phase in ("pending", "running", "paused"):
+        ask(documents, route, "rollback", actor, f"undo: {why}", now, policy)
+    aliases = registrar.aliases(route)
+    champion, before = aliases.get("champion"), aliases.get("previous")
+    if champion is None:
+        raise Refused(f"route {route}'s champion is the config's own arm; there is nothing to undo")
+    if not registrar.move_all(route, {"champion": (champion, before), "previous": (before, None)}):
+        raise Refused(f"somebody moved route {route}'s champion meanwhile; look at `understudy rollout status`")
+    registrar.tag(champion, "quarantined", f"undone by {actor}: {why}")
+    while True:
+        body, rollout = load(documents, route)
+        if rollout is None or rollout.phase != "promoted" or rollout.challenger != champion:
+            return champion, before
+        after = turn(rollout, "undo", actor, why, now, policy, {"champion": before})
+        if documents.swap(_name(route), body, msgspec.json.encode(after)):
+            return champion, before
+
+
+def _name(route: str) -> str:
+    return f"rollout/{route}"
