@@ -22,7 +22,6 @@ from router.policy import Arm, Policy, Split
 from router.rollout import Alias, Rollout
 from router.rollout_policy import Rollout as Rules
 
-
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-v\d+-[0-9a-f]{8}")
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 
 from gateway import app
 from gateway.proxy import Route
 from gateway.upstream import Replica, Timeouts
+from learner.registry import Registry
 from router.controller import Controller, initial_snapshot
 from router.plan import RoutePlan
 from router.policy import Learned, Linear
@@ -34,13 +35,21 @@ def open_store(settings: Settings) -> Store:
 
 
 def route_plans(settings: Settings) -> list[RoutePlan]:
-    return [RoutePlan(name, route.arms, route.policy, route.reward) for name, route in settings.routes.items()]
+    return [
+        RoutePlan(name, route.arms, route.policy, route.reward, route.rollout)
+        for name, route in settings.routes.items()
+    ]
 
 
 def build_controller(
-    settings: Settings, owner: str, told: Callable[[Signal, Interaction], None] | None = None
+    settings: Settings,
+    owner: str,
+    told: Callable[[Signal, Interaction], None] | None = None,
+    alert: Callable[[str, Mapping[str, Any]], None] = lambda *_: None,
 ) -> Controller:
-    return Controller(route_plans(settings), Journal(settings.journal_path), open_store(settings), owner, told)
+    store = open_store(settings)
+    plans, journal = route_plans(settings), Journal(settings.journal_path)
+    return Controller(plans, journal, store, owner, told, Registry(store), alert)
 
 
 def build_spans(settings: Settings, dropped: Callable[[int], None] = lambda _: None) -> Spans | None:

@@ -411,8 +411,6 @@ def accepted_but_unused(settings: Settings) -> list[str]:
     if sets(settings, "admin"):
         note("admin", "no admin listener is opened")
     for name, route in settings.routes.items():
-        if sets(route, "rollout"):
-            note(f"routes.{name}.rollout", "every arm is in full from the start")
         if route.learner is not None and sets(route.learner, "gate"):
             note(f"routes.{name}.learner.gate", "a challenger is served and not drawn")
     return notes
