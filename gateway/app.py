@@ -37,7 +37,7 @@ from router.policy import Reward
 from router.segments import Segmenter
 from router.store import ApiKey, Store
 from telemetry.errors import StateError
-from telemetry.events import Interaction, Signal
+from telemetry.events import Interaction, Shadow, Signal
 from telemetry.journal import Journal
 from telemetry.otlp import Service
 from telemetry.privacy import Captures
@@ -47,6 +47,8 @@ log = logging.getLogger("understudy.gateway")
 
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+MOST_BEHIND = 0.5
+"""Seconds from one look for newer weights to the next at the most: a rollback must not wait for a slow policy."""
 MOST_HEARD = 4 << 20
 """Bytes of a body of feedback or telemetry, where requests may not be larger anyway."""
 
@@ -231,11 +233,13 @@ class _Gateway:
             providers.ask,
             parts.max_body,
         )
-        refreshing = asyncio.create_task(self._keep_up())
+        behind = [asyncio.create_task(self._keep_up()), asyncio.create_task(self._proxy.replicas.look_on())]
         try:
             yield
         finally:
-            refreshing.cancel()
+            for task in behind:
+                task.cancel()
+            await self._proxy.shadows.close()
             await asyncio.to_thread(self._sessions.close)
             await asyncio.to_thread(thread.shutdown, cancel_futures=True)
             await asyncio.to_thread(self._journal.close)
@@ -270,13 +274,14 @@ class _Gateway:
 
     async def _keep_up(self) -> None:
         """For ever: push what the store should know, pull what we should."""
-        pause = min(self._parts.refresh.values(), default=1.0)
+        pause = min([MOST_BEHIND, *self._parts.refresh.values()])
         complained = False
         while True:
             await asyncio.sleep(pause)
             try:
                 self._known = await asyncio.to_thread(self._exchange, self._known)
                 self._tokens.refresh(self._known.tokens)
+                self._proxy.shadows.drop_stale()
                 complained = False
             except Exception as error:  # whatever it is, the next look may go well
                 if not complained:
@@ -305,9 +310,9 @@ class _Gateway:
             pseudonyms = store.secret("pseudonyms", last.pseudonyms if last else os.urandom(32))
         return pseudonyms, tokens
 
-    def _note(self, fact: Interaction) -> None:
+    def _note(self, fact: Interaction | Shadow) -> None:
         self._journal.put(fact)
-        if self._spans is not None:
+        if self._spans is not None and isinstance(fact, Interaction):
             self._spans.answered(fact)
 
     def generate(self, name: str) -> Endpoint:
@@ -333,7 +338,7 @@ class _Gateway:
         for route in self._parts.routes.values():
             names.append(route.name)
             if caller.role == "admin":
-                names += [f"{route.name}:{arm}" for arm in route.arms]
+                names += [f"{route.name}:{arm}" for arm in self._proxy.lineups.of(route.name).arms]
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "understudy"} for name in names]
         await send_json(send, 200, {"object": "list", "data": data})
 

@@ -35,6 +35,12 @@ def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+def key_of(keys: Iterable[ApiKey], secret: str) -> ApiKey | None:
+    """The valid key that a secret is of."""
+    digest = _digest(secret.strip())
+    return next((key for key in keys if key.digest == digest and not key.revoked), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Whom an API key stands for. `id` tells callers without identities apart; it is a hash, never the key."""

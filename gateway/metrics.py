@@ -38,6 +38,8 @@ class Metrics:
         self.requests = counter("requests", "Requests that reached an arm.", (*by_arm, "status", "error"))
         self.refused = counter("refused", "Requests answered with an error of our own.", ("status",))
         self.retries = counter("upstream_retries", "Requests sent to a second replica.", ("route",))
+        self.fallbacks = counter("fallbacks", "Requests that another arm answered: no replica served theirs.", by_arm)
+        self.shadow_dropped = counter("shadow_dropped", "Copies for a challenger that were not answered.", ("route",))
         self.signals = counter("signals", "Signals taken in.", ("kind", "source"))
         self.feedback_refused = counter("feedback_refused", "Feedback items refused.", ("reason",))
         self.recalls_failed = counter("recalls_failed", "Session recalls that failed or took too long.")

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from gateway.arms import Lineup, Lineups, Route, dress
 from gateway.asgi import ClientLeft, Receive, Scope, Send, count, read_body, send_error
 from gateway.auth import Caller, Identity, KeyRing, Pseudonyms, TokenSigner, identify
 from gateway.metrics import Metrics
@@ -28,23 +29,23 @@ from gateway.openai import (
     parse_request,
     read_answer,
     read_stream,
-    with_system_prompt,
 )
+from gateway.replicas import Reading, Replicas, Unserved
 from gateway.sessions import Sessions
-from gateway.upstream import ConnectTimedOut, Refused, Replica, Timeouts, UpstreamError, in_order
+from gateway.shadow import Shadows
+from gateway.upstream import Replica, Timeouts, UpstreamError
 from router.arms import Choice
 from router.bandit import unit_hash
-from router.features import FeatureName, key_of
+from router.features import key_of
 from router.policy import Arm
 from router.segments import Segmenter, assign, prompt_of
-from telemetry.events import Answerer, Interaction, new_id
+from telemetry.events import Answerer, Interaction, Shadow, new_id
 from telemetry.privacy import Captures
 from telemetry.threads import thread_of
 
-log = logging.getLogger("understudy.gateway")
+__all__ = ["AskProvider", "Proxy", "Route", "Visit", "dress"]
 
-_USAGE: Fields = {"include_usage": msgspec.Raw(b"true")}
-_options = msgspec.json.Decoder(Fields)
+log = logging.getLogger("understudy.gateway")
 
 COPY_LIMIT = 4 * 1024 * 1024
 """Bytes of an answer that are kept to be read; a longer one is relayed whole and read in part."""
@@ -57,17 +58,6 @@ _NOT_RELAYED = frozenset(
 )
 
 
-class Reading(Protocol):
-    """An answer that is being read: from a replica (`upstream.Reply`) or from a provider (`providers.Reply`)."""
-
-    status: int
-    headers: list[tuple[bytes, bytes]]
-
-    async def read(self) -> bytes: ...
-    async def read_all(self) -> bytes: ...
-    def abort(self) -> None: ...
-
-
 class AskProvider(Protocol):
     """Asks a provider that is no OpenAI-compatible server of ours (`providers.ask`)."""
 
@@ -76,16 +66,17 @@ class AskProvider(Protocol):
     ) -> Reading: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A model name that apps ask for, and who can answer it."""
+@dataclass(slots=True)
+class Errand:
+    """What a request asks for, and of which arm."""
 
-    name: str
-    arms: Mapping[str, Arm]
-    replicas: list[Replica]
-    timeouts: Timeouts
-    segment_by: str | None = None
-    features: tuple[FeatureName, ...] = ()
+    route: Route
+    lineup: Lineup
+    choice: Choice
+    ask: Ask
+    fields: Fields
+    """As the app sent them."""
+    who: Identity
 
 
 @dataclass(slots=True)
@@ -105,8 +96,13 @@ class Visit:
     status: int = 0
     error: str | None = None
     first_byte: float | None = None
-    attempts: int = 1
+    attempts: int = 0
     upstream: str | None = None
+    arm: str = ""
+    """Who was asked last."""
+    strip_usage: bool = False
+    characters: int = 0
+    """Of the answer's text."""
     stream: bool = False
     copy: list[bytes] = field(default_factory=list)
     copied: int = 0
@@ -119,6 +115,15 @@ class Visit:
         else:
             self.trace_id = new_id()  # ids that begin with the time keep the journal's index in one place
         self.span_id = os.urandom(8).hex()
+
+    def head(self, replica: Replica) -> bytes:
+        """Begin an attempt at a replica, under a request id of its own; the header lines that it gets."""
+        self.request_id = new_id()
+        self.upstream = replica.url
+        self.attempts += 1
+        return b"content-type: application/json\r\naccept: */*\r\nx-request-id: %b\r\ntraceparent: 00-%b-%b-01\r\n" % (
+            self.request_id.encode(), self.trace_id.encode(), self.span_id.encode(),
+        )  # fmt: skip
 
     def keep(self, data: bytes) -> None:
         if self.copied < COPY_LIMIT:
@@ -138,11 +143,14 @@ class Proxy:
         pseudonyms: Pseudonyms,
         captures: Captures,
         metrics: Metrics,
-        journal: Callable[[Interaction], None],
+        journal: Callable[[Interaction | Shadow], None],
         ask_provider: AskProvider,
         max_body: int,
     ) -> None:
         self.routes = routes
+        self.lineups = Lineups(routes, sessions.snapshots)
+        self.replicas = Replicas(routes, self.lineups, metrics.retries)
+        self.shadows = Shadows(self.lineups, self.replicas, captures, metrics.shadow_dropped, journal)
         self._keys = keys
         self._sessions = sessions
         self._tokens = tokens
@@ -167,18 +175,20 @@ class Proxy:
             return
         except ClientLeft:
             return
-        choice, recalled = await self._choose(route, pinned, who, ask, fields)
-        messages = fields.get("messages") or fields.get("input") or fields.get("prompt")
-        arm = route.arms[choice.arm]
-        strip_usage = dress(fields, endpoint, ask, arm)
+        lineup = self.lineups.of(route.name)
+        choice, recalled = await self._choose(route, lineup, pinned, who, ask, fields)
+        errand = Errand(route, lineup, choice, ask, fields, who)
         visit.begin_trace()
         in_flight = self._metrics.in_flight.labels(route.name)
         in_flight.inc()
+        self.shadows.busy += 1
         try:
-            await self._answer(visit, route, arm, fields, who, strip_usage, scope, send)
+            await self._answer(visit, errand, scope, send)
         finally:
             in_flight.dec()
-            self._record(visit, route, arm, choice, recalled, who, ask, messages)
+            self.shadows.busy -= 1
+            fact = self._leave_fact(visit, errand, recalled)
+            self.shadows.consider(route, ask, fields, fact, visit.characters)
 
     def _find(self, model: str, caller: Caller) -> tuple[Route, Choice | None]:
         """The route that `model` names; an admin may name one arm of it as "route:arm"."""
@@ -186,7 +196,7 @@ class Proxy:
         if route is not None:
             return route, None
         name, _, arm = model.rpartition(":")
-        if caller.role == "admin" and name in self.routes and arm in self.routes[name].arms:
+        if caller.role == "admin" and name in self.routes and arm in self.lineups.of(name).arms:
             return self.routes[name], Choice(arm, 1.0, policy="pinned")
         raise ApiError(
             404,
@@ -196,7 +206,7 @@ class Proxy:
         )
 
     async def _choose(
-        self, route: Route, pinned: Choice | None, who: Identity, ask: Ask, fields: Fields
+        self, route: Route, lineup: Lineup, pinned: Choice | None, who: Identity, ask: Ask, fields: Fields
     ) -> tuple[Choice, bool]:
         if pinned is not None:
             return pinned, False
@@ -205,16 +215,14 @@ class Proxy:
         def segment() -> str:
             return segment_of(route, who, fields, self._sessions.segmenters.get(route.name))
 
-        return await self._sessions.choose(route.name, who.tenant, who.session, segment, begun=begun, arms=route.arms)
+        return await self._sessions.choose(
+            route.name, who.tenant, who.session, segment, begun=begun, snapshot=lineup.snapshot, held=lineup.held
+        )
 
     async def _answer(
         self,
         visit: Visit,
-        route: Route,
-        arm: Arm,
-        fields: Fields,
-        who: Identity,
-        strip_usage: bool,
+        errand: Errand,
         scope: Scope,
         send: Send,
     ) -> None:
@@ -230,11 +238,11 @@ class Proxy:
         watch(leave)
         reply: Reading | None = None
         try:
-            reply = await self._ask(visit, route, arm, fields, who)
-            headers = self._headers(visit, reply, who)
+            reply = await self._ask(visit, errand)
+            headers = self._headers(visit, reply, errand.who)
             if _is_stream(reply):
                 visit.stream = True
-                await self._relay_stream(visit, reply, headers, UsageFilter() if strip_usage else None, send)
+                await self._relay_stream(visit, reply, headers, UsageFilter() if visit.strip_usage else None, send)
             else:
                 await self._relay_whole(visit, reply, headers, send)
         except UpstreamError as error:
@@ -243,7 +251,7 @@ class Proxy:
             await send_error(
                 send,
                 ApiError(error.status, str(error), type="upstream_error", code=error.kind),
-                self._own(visit, who),
+                self._own(visit, errand.who),
             )
         except asyncio.CancelledError:
             if not visit.left:  # the server is being stopped
@@ -259,34 +267,24 @@ class Proxy:
             if reply is not None:
                 reply.abort()
 
-    async def _ask(self, visit: Visit, route: Route, arm: Arm, fields: Fields, who: Identity) -> Reading:
-        """Ask the session's replica; if it gives no answer at all, ask one other, under a new request id."""
-        if arm.provider is not None:
-            visit.request_id = new_id()
-            visit.upstream = arm.provider
-            return await self._ask_provider(visit.endpoint, arm, fields, visit.request_id, route.timeouts)
-        body = msgspec.json.encode(fields)
-        replicas = in_order(route.replicas, unit_hash(who.tenant, who.session))[:2]
-        for replica in replicas:
-            last = replica is replicas[-1]
-            visit.request_id = new_id()
-            visit.upstream = replica.url
-            head = (
-                b"content-type: application/json\r\naccept: */*\r\nx-request-id: %b\r\ntraceparent: 00-%b-%b-01\r\n"
-                % (visit.request_id.encode(), visit.trace_id.encode(), visit.span_id.encode())
-            )
-            try:
-                reply = await replica.post(f"/v1/{visit.endpoint}", head, body, route.timeouts)
-            except (Refused, ConnectTimedOut):
-                if last:
-                    raise
-            else:
-                if last or reply.status not in (502, 503):
-                    return reply
-                reply.abort()
-            visit.attempts += 1
-            self._metrics.retries.labels(route.name).inc()
-        raise AssertionError("a route has at least one replica")
+    async def _ask(self, visit: Visit, errand: Errand) -> Reading:
+        """Ask the session's arm; while no replica serves its model, one that stands in for it."""
+        route, choice, who = errand.route, errand.choice, errand.who
+        for name in errand.lineup.in_turn(choice):
+            arm = errand.lineup.arms[name]
+            fields = dict(errand.fields)
+            visit.arm, visit.strip_usage = name, dress(fields, visit.endpoint, errand.ask, arm)
+            if arm.provider is not None:
+                visit.request_id = new_id()
+                visit.upstream = arm.provider
+                visit.attempts += 1
+                return await self._ask_provider(visit.endpoint, arm, fields, visit.request_id, route.timeouts)
+            u, body = unit_hash(who.tenant, who.session), msgspec.json.encode(fields)
+            reply = await self.replicas.ask(route, arm.model, u, f"/v1/{visit.endpoint}", visit.head, body)
+            if reply is not None:
+                return reply
+        visit.arm, visit.request_id = choice.arm, visit.request_id or new_id()
+        raise Unserved(f"no upstream of route {route.name} serves {choice.arm} now; ask again in a while")
 
     async def _relay_stream(
         self,
@@ -348,6 +346,18 @@ class Proxy:
             (b"server-timing", timing.encode()),
         ]
 
+    def _leave_fact(self, visit: Visit, errand: Errand, recalled: bool) -> Interaction:
+        """Leave the fact of a request, by the arm that truly answered."""
+        route, lineup, choice = errand.route, errand.lineup, errand.choice
+        if visit.arm not in ("", choice.arm):
+            self._metrics.fallbacks.labels(route.name, choice.arm).inc()
+            snapshot, segment = choice.snapshot, choice.segment
+            choice, recalled = Choice(visit.arm, 1.0, snapshot, segment, policy="fallback"), False
+        arm = lineup.arms.get(choice.arm) or Arm(model=choice.arm)
+        fields = errand.fields
+        messages = fields.get("messages") or fields.get("input") or fields.get("prompt")
+        return self._record(visit, route, arm, choice, recalled, errand.who, errand.ask, messages)
+
     def _record(
         self,
         visit: Visit,
@@ -358,10 +368,11 @@ class Proxy:
         who: Identity,
         ask: Ask,
         messages: msgspec.Raw | None,
-    ) -> None:
+    ) -> Interaction:
         """Leave the request's fact. After the last byte, whatever happened before."""
         copy = b"".join(visit.copy)
         answer = read_stream(copy) if visit.stream else read_answer(copy)
+        visit.characters = len(answer.text)
         error = None if visit.error == "client_left" and answer.ended else visit.error  # SDKs hang up at [DONE]
         if error is None and (answer.failed or (answer.unreadable and visit.copied < COPY_LIMIT)):
             error = "upstream_error" if answer.failed else "upstream_garbage"
@@ -386,6 +397,8 @@ class Proxy:
                 propensity=choice.propensity,
                 holdout=choice.holdout,
                 recalled=recalled,
+                rollout=choice.rollout,
+                rival=choice.rival,
             ),
             endpoint=visit.endpoint,
             response_id=answer.id,
@@ -426,6 +439,7 @@ class Proxy:
         )
         self._journal(fact)
         self._metrics.answered(fact)
+        return fact
 
 
 def segment_of(route: Route, who: Identity, fields: Fields, segmenter: Segmenter | None) -> str:
@@ -442,21 +456,6 @@ def segment_of(route: Route, who: Identity, fields: Fields, segmenter: Segmenter
             return assign(segmenter, prompt_of(said)) if said is not None else ""
         case _:
             return ""
-
-
-def dress(fields: Fields, endpoint: str, ask: Ask, arm: Arm) -> bool:
-    """Change a request's fields, in place, into those for `arm`. True if the answer's usage chunk must go again."""
-    fields["model"] = msgspec.Raw(msgspec.json.encode(arm.model))
-    for name, value in arm.params.items():
-        fields[name] = msgspec.Raw(msgspec.json.encode(value))
-    if arm.system is not None:
-        with_system_prompt(fields, endpoint, arm.system)
-    asked = ask.stream_options is not None and ask.stream_options.include_usage
-    if not ask.stream or asked or endpoint not in ("chat/completions", "completions"):
-        return False
-    options = _USAGE if ask.stream_options is None else _options.decode(fields["stream_options"]) | _USAGE
-    fields["stream_options"] = msgspec.Raw(msgspec.json.encode(options))
-    return True
 
 
 def _is_stream(reply: Reading) -> bool:

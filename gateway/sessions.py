@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from router.arms import Choice, Snapshot
@@ -49,20 +49,22 @@ class Sessions:
         segment: Callable[[], str],
         *,
         begun: bool,
-        arms: Mapping[str, object],
+        snapshot: Snapshot,
+        held: Container[str],
     ) -> tuple[Choice, bool]:
         """The session's arm on `route`, and whether it was recalled. `begun`: the request has an earlier answer.
 
-        `segment` is asked for the segment of a session that draws.
+        `segment` is asked for the segment of a session that draws, from `snapshot`: one that is new, or whose arm is
+        none of those `held`, which sessions may keep.
         """
         key = (route, session_key(tenant, session))
         choice = self._cache.get(key)
         if choice is None and begun:
             choice = await self._recall(*key)
-        if choice is not None and choice.arm in arms:
+        if choice is not None and choice.arm in held:
             self._keep(key, choice)
             return choice, True
-        choice = draw(self.snapshots[route], unit_hash(*key), segment())
+        choice = draw(snapshot, unit_hash(*key), segment())
         self._keep(key, choice)
         self._new.append((*key, choice))
         return choice, False

@@ -273,6 +273,8 @@ class Replica:
     failures: int = 0
     down_until: float = 0.0
     """Loop time before which it is tried last: it refused connections."""
+    missing: set[str] = field(default_factory=set)
+    """Models that it is known not to serve."""
     _idle: list[_Connection] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -315,7 +317,7 @@ class Replica:
                 if not sent or not await connection.wait(timeouts.first_byte):
                     raise TimedOut(f"{self.url} sent no byte of an answer within {timeouts.first_byte:g} s")
                 if connection.head_done and (connection.body or connection.complete):
-                    self.failures = 0
+                    self.failures, self.down_until = 0, 0.0
                     return Reply(connection, self, timeouts)
                 if connection.failure is not None:
                     raise connection.failure

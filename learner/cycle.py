@@ -1,4 +1,4 @@
-"""One round of learning, top to bottom: is it due → dataset → train → register → serve → a challenger nobody draws yet.
+"""One round of learning, top to bottom: is it due → dataset → train → register → serve → gate → a rollout.
 
 A round's state stands in the store and is written after each step; each step, done again, gives what it gave. So a
 round that was killed anywhere is taken up where it was, by whoever comes next, and ends as if nothing had happened. One
@@ -8,7 +8,8 @@ process at a time works on a route (`learner.rounds`). A route has one challenge
     train      the spec decides the adapter; the trainer goes on from its last checkpoint
     register   one adapter of one dataset is one version, whoever registers it
     serve      loaded on every replica, checked token by token against PEFT, else taken off again
-    done       the version is the route's challenger
+    gate       better than the champion on what people held out, and not worse in anything; else trained otherwise
+    done       the version is the route's challenger, and its rollout has been asked for
 """
 
 from __future__ import annotations
@@ -18,31 +19,27 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from learner import dataset, hashes, registry, serving
-from learner.answers import Generate
+from learner import dataset, expectations, hashes, registry, serving
 from learner.due import Due, Facts, due, not_yet
 from learner.erase import erase_everywhere
+from learner.gating import Unmeasured, as_adjusted, gated
 from learner.lint import lint
-from learner.loaded import Left, Stage, changed, keep, reconcile, take_off
-from learner.plan import Learner
+from learner.loaded import Left, changed, keep, reconcile, take_off
+from learner.proof import prove
 from learner.recipes import parameters_of, recipe
-from learner.registry import Registry, Unknown, Version
+from learner.registry import Unknown, Version
 from learner.rounds import Busy, Round, State, last_round, working
-from learner.runners import Event, Runner
-from learner.serving import Fleet
-from learner.shards import MANIFEST, dataset_name, manifest, manifest_hash, read
+from learner.shards import MANIFEST, dataset_name, manifest, manifest_hash
 from learner.spec import Artifact, Hyper, Method, TrainingInterrupted, TrainSpec
-from router.store import Documents
+from learner.workshop import Refused, Say, Workshop
+from router.rollout_controller import load
 from telemetry.errors import StateError, UnderstudyError
 
-CHECKED = 32
-"""Held-out prompts on which replicas are compared with PEFT."""
-CHECKED_TOKENS = 64
 FEW_PAIRS = 0.2
 """With fewer pairs than this share of the single votes, KTO on these votes knows more than DPO on the pairs."""
 
@@ -51,48 +48,12 @@ class Interrupted(UnderstudyError):
     """The disk is full, say: the round stays where it is."""
 
 
-class Refused(UnderstudyError):
-    """A round that must not go on: the message says why, and what to do."""
-
-
-PASSING = (Busy, Interrupted, StateError, TrainingInterrupted, serving.Unreachable, serving.Full, serving.InUse)
+PASSING = (
+    *(Busy, Interrupted, StateError, TrainingInterrupted, Unmeasured),
+    *(serving.Unreachable, serving.Full, serving.InUse),
+)
 MOST_TRIES = 5
 """Interruptions of a round by what is not just away; then it has failed."""
-GREETING = [{"role": "user", "content": "Hello"}]
-
-
-class Workshop(NamedTuple):
-    """What a route's rounds are made with."""
-
-    route: str
-    plan: Learner
-    source: dataset.Source
-    documents: Documents
-    fleet: Fleet
-    runner: Runner
-    generate: Generate
-    owner: str
-    threads: int = 2
-    gpu: tuple[bool, int | None] = (False, None)
-    """Whether training has one, and its bytes of memory if they are known."""
-    arms: frozenset[str] = frozenset()
-    """Models of the route's arms."""
-
-    @property
-    def registry(self) -> Registry:
-        return Registry(self.documents)
-
-    @property
-    def folder(self) -> Path:
-        return self.plan.folder.resolve()
-
-    @property
-    def stage(self) -> Stage:
-        return Stage(self.route, self.registry, self.fleet, self.arms)
-
-
-Say = Callable[[str, Event], None]
-"""Told each step as it begins, and what happens in it."""
 
 
 def once(shop: Workshop, say: Say, force: bool = False, now: Callable[[], float] = time.time) -> Round | Due:
@@ -113,10 +74,11 @@ def once(shop: Workshop, say: Say, force: bool = False, now: Callable[[], float]
                 "train": _train,
                 "register": _register,
                 "serve": _serve,
+                "gate": gated,
             }
             while state.round.active:
                 say(state.round.step, {})
-                state.put(steps[state.round.step](shop, state.round, say))
+                state.put(steps[state.round.step](as_adjusted(shop, state.round), state.round, say))
         except (UnderstudyError, OSError) as error:
             raise _ended(state, error, now()) from error
         state.put(replace(state.round, ended=now(), until=state.round.reaches, tries=0))
@@ -147,6 +109,7 @@ def _keep(state: State, round: Round) -> None:
 
 
 def _dataset(shop: Workshop, round: Round, say: Say) -> Round:
+    expectations.load(shop.plan.dataset.goldens)  # what the gate cannot read is said before anything is trained
     built = dataset.build(shop.source, shop.plan.dataset, shop.folder / "datasets")
     say("dataset", {"folder": str(built.folder), "examples": built.manifest["examples"]})
     reaches = float(built.manifest["journal"]["until"])
@@ -212,7 +175,7 @@ def _serve(shop: Workshop, round: Round, say: Say) -> Round:
         raise Refused(why)
     serving.load(shop.fleet, version, needed=keep(shop.stage))
     try:
-        _prove(shop, version, Path(round.dataset), say)
+        prove(shop, version, Path(round.dataset), say)
         shop.registry.served(version.name, version.adapter_hash)
         if not shop.registry.move(shop.route, "challenger", version.name, None) and (
             shop.registry.alias(shop.route, "challenger") != version.name
@@ -225,54 +188,7 @@ def _serve(shop: Workshop, round: Round, say: Say) -> Round:
             with suppress(Left):  # why it came to this is what must be said
                 take_off(shop.stage, [version.name])
         raise
-    return replace(round, step="done")
-
-
-def _prove(shop: Workshop, version: Version, data: Path, say: Say) -> None:
-    """Each replica says with the version what PEFT says, and has it still when all were asked."""
-    expected = expected_answers(shop, version, data)
-    for replica in shop.fleet.replicas:
-        try:
-            found = serving.agreement(replica, version.name, expected)
-            serving.warm(replica, version.name)
-        except serving.ServingFailed as error:
-            _check_there(shop, version)
-            raise error
-        say("serve", {"replica": replica.url, "agreement": found.share, "tokens": found.tokens})
-        if not found.holds():
-            raise Refused(
-                f"{replica.url} says {found.share:.1%} of PEFT's tokens with {version.name}; the adapter is felt "
-                f"in {found.telling_equal} of {found.telling} places, and {found.prompts_equal} of {found.prompts} "
-                "prompts are the same: is its base, template or dtype another one?"
-            )
-    _check_there(shop, version)
-
-
-def _check_there(shop: Workshop, version: Version) -> None:
-    for replica in shop.fleet.replicas:
-        if version.name not in serving.listing(replica).adapters:
-            raise serving.Unreachable(f"{replica.url} was restarted while {version.name} was compared; try again")
-
-
-def expected_answers(shop: Workshop, version: Version, data: Path) -> list[serving.Expected]:
-    """What PEFT says to held-out prompts, the shorter ones, as far as they fit what was trained."""
-    held_out = sorted((one.messages for one in read(data) if one.split == "held_out"), key=_size)
-    prompts = held_out[:CHECKED] or [GREETING]
-    longest = int(version.spec.get("hyper", {}).get("max_length", 0)) or CHECKED_TOKENS
-    said = shop.generate(version.base, str(version.adapter), prompts, CHECKED_TOKENS)
-    found = [
-        serving.Expected(one["prompt_ids"], one["token_ids"], messages)
-        for one, messages in zip(said, prompts, strict=True)
-        if len(one["prompt_ids"]) <= longest
-    ]
-    if not found:
-        raise Refused(f"no held-out prompt is short enough ({longest} tokens) to compare the replicas on")
-    return found
-
-
-def _size(messages: list[dict[str, Any]]) -> tuple[int, str]:
-    text = str(messages)
-    return len(text), text
+    return replace(round, step="gate" if shop.gated else "done")
 
 
 def drop(shop: Workshop, why: str, now: Callable[[], float] = time.time) -> Round:
@@ -288,6 +204,9 @@ def drop(shop: Workshop, why: str, now: Callable[[], float] = time.time) -> Roun
             raise Refused(
                 f"route {shop.route} has neither a round under way nor a challenger; there is nothing to drop"
             )
+        _, rollout = load(shop.documents, shop.route)
+        if rollout is not None and rollout.active and rollout.challenger in names:
+            raise Refused(f"{rollout.challenger} is being rolled out; `understudy rollout abort` first")
         if drawn := shop.arms.intersection(names):
             raise Refused(f"an arm of route {shop.route} draws {', '.join(drawn)}; take it out of the config first")
         for name in names:
@@ -304,7 +223,7 @@ def expire(shop: Workshop, now: float) -> int:
     """Take the text that has been kept long enough out of datasets; how many examples went. `now`: Unix seconds."""
     before = now - shop.source.retention
     why = "data that it was trained on was too old to be kept"
-    return erase_everywhere(shop.folder, shop.registry, lambda one: one.text_from < before, why)[0]
+    return erase_everywhere(shop.folder, shop.registry, lambda one: one.text_from < before, why, "expired")[0]
 
 
 def replicas_kept(shop: Workshop) -> serving.Reconciled:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from learner import shards
+from learner import gate_report, shards
 from learner.examples import Example, decode
 from learner.lineage import datasets
 from learner.registry import Registry
@@ -48,12 +48,12 @@ def erase(folder: Path, gone: Callable[[Example], bool]) -> int:
 
 
 def erase_everywhere(
-    learner: Path, registry: Registry, gone: Callable[[Example], bool], why: str
+    learner: Path, registry: Registry, gone: Callable[[Example], bool], why: str, tag: str = "erased"
 ) -> tuple[int, list[str]]:
     """`erase` from all datasets of a learner's folder; how many examples, and the versions that had learned from them.
 
-    Such a version is tagged with the reason. A dataset that cannot be read cannot be kept either: it may hold what must
-    go. So it is taken away, and its versions are named too.
+    Such a version is tagged with the reason, and reports of gates show the examples no more. A dataset that cannot be
+    read cannot be kept either: it may hold what must go. So it is taken away, and its versions are named too.
     """
     erased, touched = 0, []
     for folder in datasets(learner):
@@ -67,7 +67,8 @@ def erase_everywhere(
             continue
         own = registry.trained_on(name)
         for version in own:  # before: what was erased cannot tell any more whom it concerns
-            registry.tag(version, "erased", why)
+            registry.tag(version, tag, why)
+        gate_report.clean(learner / "gates", _ids(folder, gone))
         touched += own
         erased += erase(folder, gone)
     return erased, touched
@@ -80,6 +81,11 @@ def _concerns(folder: Path, gone: Callable[[Example], bool]) -> bool:
         if shards.digest(lines) != shard["sha256"] or any(map(gone, shards.examples(lines))):
             return True
     return False
+
+
+def _ids(folder: Path, gone: Callable[[Example], bool]) -> set[str]:
+    shown = shards.manifest(folder)["shards"]
+    return {one.id for shard in shown for one in shards.examples(_lines(folder, shard)) if gone(one)}
 
 
 def _lines(folder: Path, shard: dict[str, Any]) -> list[bytes]:

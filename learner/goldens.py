@@ -2,7 +2,7 @@
 
 A conversation holds a golden where most of the golden's runs of five characters stand close together in it: reworded a
 little, misspelt, or inside another text. Files are JSON lines or YAML: texts, lists of them, or mappings with `prompt`,
-`messages`, `question` or `instruction`.
+`messages`, `question` or `instruction`. What a model should answer may stand beside it (`learner.expectations`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ COMMON = 0.1
 """A run that stands in more of the goldens than this (of `MANY` at least) does not tell them apart."""
 MANY = 50
 _WORD = re.compile(r"\w+")
-_KEYS = ("prompt", "messages", "question", "instruction", "input")
+KEYS = ("prompt", "messages", "question", "instruction", "input")
+"""What a prompt may be called."""
+EXPECT = "expect"
+"""Beside a prompt: what the answer to it must be, which is not a text to be sought."""
 SUFFIXES = (".jsonl", ".json", ".yaml", ".yml")
 
 
@@ -108,10 +111,11 @@ class Goldens:
 
 def load(paths: Sequence[Path]) -> Goldens:
     """The goldens in files and folders. Raises `BadGoldens`."""
-    return Goldens(text for path in paths for file in _files(path) for text in _texts(_read(file), file))
+    return Goldens(text for path in paths for file in files(path) for text in _texts(read(file), file))
 
 
-def _files(path: Path) -> list[Path]:
+def files(path: Path) -> list[Path]:
+    """The files of goldens at a path. Raises `BadGoldens`."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
     if not path.is_file():
@@ -119,13 +123,14 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _read(file: Path) -> Any:
+def read(file: Path) -> Any:
+    """What a file holds, whatever that is. Raises `BadGoldens`."""
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         return yaml.safe_load(text)  # JSON too
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise BadGoldens(f"{file} cannot be read as goldens: {error}") from None
 
 
@@ -141,9 +146,10 @@ def _texts(found: Any, file: Path) -> Iterator[str]:
             for one in found:
                 yield from _texts(one, file)
         case dict():
-            named = [found[key] for key in _KEYS if found.get(key)]
-            if not named and not any(isinstance(value, list | dict) for value in found.values()):
-                raise BadGoldens(f"{file} has an entry without a prompt; give it one of {', '.join(_KEYS)}")
+            named = [found[key] for key in KEYS if found.get(key)]
+            nested = EXPECT not in found and any(isinstance(value, list | dict) for value in found.values())
+            if not named and not nested:
+                raise BadGoldens(f"{file} has an entry without a prompt; give it one of {', '.join(KEYS)}")
             for one in named or found.values():
                 if named or isinstance(one, list | dict):
                     yield from _texts(one, file)

@@ -25,21 +25,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training
 from peft import set_peft_model_state_dict as set_adapter_state
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from learner.examples import Example
 from learner.hashes import located
-from learner.rows import ends_of
+from learner.rows import encode, ends_of
 from learner.spec import Hyper, TrainingFailed
 
 Said = tuple[list[int], list[int]]
 """Token ids of a prompt and of an answer to it."""
 
+SCORED = 2048
+"""Tokens that are scored at once: each needs room for the logits of the whole vocabulary."""
 _NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "std::bad_alloc")
 
 
@@ -248,9 +252,7 @@ def generated(question: Mapping[str, Any]) -> dict[str, Any]:
     with same_every_time(int(question.get("threads", torch.get_num_threads()))):
         base = located(question["base"])
         tokenizer = tokenizer_of(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        if question.get("adapter") is not None:
-            model = PeftModel.from_pretrained(model, question["adapter"])
+        model = _with(base, question.get("adapter"))
         ends = ends_of(base, tokenizer)
         prompts = [
             tokenizer(
@@ -268,6 +270,77 @@ def generated(question: Mapping[str, Any]) -> dict[str, Any]:
             for prompt, ids, text in zip(prompts, found, said, strict=True)
         ]
     }
+
+
+def _with(base: Path, adapter: str | None) -> Any:
+    """In float32, with the adapter as PEFT reads it from its folder, or without."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter)
+
+
+def scored(question: Mapping[str, Any]) -> dict[str, Any]:
+    """How likely a base with each of some adapters finds both answers of pairs, in float32 (`--score`).
+
+    Reads {"base", "adapters" (folders, or null for none), "examples" (as a dataset's lines), "max_length"}; gives
+    {"scores": for each adapter, for each example, {"chosen", "rejected"} in nats a token, or {"left_out"}, why}.
+    """
+    with same_every_time(int(question.get("threads", torch.get_num_threads()))):
+        base = located(question["base"])
+        tokenizer = tokenizer_of(base)
+        ends = ends_of(base, tokenizer)
+        found = msgspec.convert(question["examples"], list[Example])
+        rows, why = [], {}
+        for place, example in enumerate(found):
+            row, left_out = encode([example], "dpo", tokenizer, ends, int(question["max_length"]))
+            if row and row[0].is_pair:
+                rows.append((place, row[0]))
+            else:
+                why[place] = next(iter(left_out), "are no pair")
+        scores = []
+        for adapter in question["adapters"]:
+            model = None
+            give_memory_back()
+            model = _with(base, adapter)
+            said = [(row.prompt, answer) for _, row in rows for answer in (row.chosen, row.rejected)]
+            each = _a_token(_where_there_is_room(model).eval(), said, tokenizer.pad_token_id)
+            told: list[dict[str, Any]] = [{"left_out": why.get(place)} for place in range(len(found))]
+            for n, (place, _) in enumerate(rows):
+                told[place] = {"chosen": each[2 * n], "rejected": each[2 * n + 1]}
+            scores.append(told)
+    return {"scores": scores}
+
+
+def _a_token(model: Any, said: Sequence[Said], pad: int) -> list[float]:
+    """Of each answer its mean log-probability; answers of like length are looked at together."""
+    found = [0.0] * len(said)
+    for part in _batches([len(prompt) + len(answer) for prompt, answer in said]):
+        inputs = {name: values.to(model.device) for name, values in stacked([said[n] for n in part], pad).items()}
+        with torch.no_grad():
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+        known = -cross_entropy(logits.float().transpose(1, 2), inputs["input_ids"][:, 1:], reduction="none")
+        mask = inputs["completion_mask"][:, 1:]
+        for n, value in zip(part, ((known * mask).sum(1) / mask.sum(1)).tolist(), strict=True):
+            found[n] = value
+    return found
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of texts, those of like length together; at most `SCORED` tokens at once, padding and all."""
+    part: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda n: (lengths[n], n)):
+        if part and (len(part) + 1) * lengths[place] > SCORED:
+            yield part
+            part = []
+        part.append(place)
+    if part:
+        yield part
+
+
+def _where_there_is_room(model: Any) -> Any:
+    """On the GPU if the model fits twice into what is free there: a vLLM beside it has taken its part already."""
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2 * model.get_memory_footprint():
+        return model.to("cuda")
+    return model
 
 
 def gathered(mine: list[Any]) -> list[Any]:

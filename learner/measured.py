@@ -40,7 +40,7 @@ class Duel(msgspec.Struct, frozen=True, kw_only=True):
     tokens: dict[Side, int]
     seconds: dict[Side, float]
     score: float | None = None
-    """The challenger's: 1 won, 0 lost, ½ a tie (both orders of a judge that differ are one); None if nobody could tell."""
+    """The challenger's: 1 won, 0 lost, ½ a tie (as where a judge changes with the order); None if nobody could tell."""
     repetitive: dict[Side, bool]
     broken: dict[Side, bool]
     """No answer, cut, or not of the form that was asked for (JSON, a tool call)."""

@@ -12,7 +12,7 @@ import msgspec
 from pydantic import Field, model_validator
 
 from learner.spec import Hyper, Loss
-from router.policy import Duration, Fraction, FrozenMap, Name, PositiveDuration, Text, Written, fault
+from router.policy import Duration, Factor, Fraction, FrozenMap, Name, PositiveDuration, Text, Written, fault
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -78,6 +78,51 @@ class Phase(Written):
     every: PositiveDuration = Field(description="Longest time between trainings.")
 
 
+class Judge(Written):
+    """The model that says which of two answers is better, through litellm."""
+
+    model: Text = Field(description='As litellm names it, such as "openai/gpt-5-mini".')
+    api_base: Text | None = Field(None, description="Base URL where it is not the provider's usual one.")
+    api_key: Text | None = Field(None, repr=False, description="Its key; write it as ${NAME}.")
+    timeout: PositiveDuration = Field(60.0, description="For one verdict; without one by then nobody has won.")
+    prompt: Text | None = Field(None, description="What good answers are like here, told to the judge; null for ours.")
+
+
+class Margins(Written):
+    """How much worse than the champion is too little to matter: shares of the items looked at."""
+
+    win_rate: Fraction = Field(0.05, description="Below a half, where the main metric is preference.")
+    preference: Fraction = Field(0.05, description="Accuracy on held-out pairs; of each signal, cohort and round, too.")
+    goldens: Fraction = Field(0.1, description="Goldens that hold with the champion only, less those with it alone.")
+    refusals: Fraction = Field(0.02, description="Prompts that are refused more, or less.")
+    form: Fraction = Field(0.02, description="Answers that are broken, or repeat themselves.")
+
+
+class Gate(Written):
+    """What a challenger must show before any user meets it."""
+
+    main: Literal["win_rate", "preference"] = Field(
+        "win_rate",
+        description="What it must be better in: duels with the champion, or telling what people preferred.",
+    )
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="Chance that one no better passes, or a sound one fails.")
+    margins: Margins = Field(default_factory=Margins, description="How much worse is too little to matter.")
+    max_length_ratio: Factor = Field(1.1, description='Tokens of its answers, beside the champion\'s, such as "1.1x".')
+    max_slowdown: Factor = Field(1.5, description="Seconds of its answers, beside the champion's.")
+    max_divergence: Fraction | None = Field(
+        None, description="Share of tokens at which it may say other ones than the champion; null for no limit."
+    )
+    min_users: int = Field(20, ge=6, description="Users whose items there must be, to tell anything.")
+    pairs: int = Field(1500, ge=1, description="Held-out pairs to look at, at most.")
+    duels: int = Field(1500, ge=1, description="Held-out prompts to have both versions answer, at most.")
+    temperature: float = Field(
+        0.0, ge=0, le=2, description="Of both versions' answers in duels: what apps use, or 0 for the likeliest answer."
+    )
+    judge: Judge | None = Field(None, description="Who judges duels; null for a model of what people preferred.")
+    allow_code: bool = Field(False, description="Run the code that goldens ask for, on this machine.")
+    retries: int = Field(2, ge=0, description="Rounds that are trained otherwise after one that was refused.")
+
+
 class Learner(Written):
     """How challengers are trained."""
 
@@ -108,7 +153,7 @@ class Learner(Written):
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = Field(16, description="As vLLM was started with.")
     trackers: tuple[Literal["mlflow", "wandb"], ...] = Field((), description="Where runs are logged besides.")
     runner: Runner = Field(default_factory=Runner, description="Where training runs.")
-    gate: FrozenMap[str, Any] = Field(default={}, description="What a challenger must pass before any user meets it.")
+    gate: Gate = Field(default_factory=Gate, description="What a challenger must pass before any user meets it.")
 
     @model_validator(mode="after")
     def _what_is_trained_can_be_served(self) -> Learner:

@@ -17,11 +17,12 @@ from typing import Literal
 import msgspec
 from msgspec.structs import replace
 
+from learner.diagnosis import Diagnosis
 from learner.spec import TrainSpec
 from router.store import Documents
 from telemetry.errors import StateError, UnderstudyError
 
-Step = Literal["dataset", "train", "register", "serve", "done", "failed", "dropped"]
+Step = Literal["dataset", "train", "register", "serve", "gate", "done", "failed", "dropped"]
 LEASE = 60.0
 """Seconds for which a process that said nothing more still counts as at work."""
 
@@ -46,6 +47,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     dataset: str = ""
     spec: TrainSpec | None = None
     version: str = ""
+    tried: tuple[Diagnosis, ...] = ()
+    """Why the gate refused the round's challengers so far; each was followed by another training."""
     why: str = ""
     """Of a round that failed or was dropped."""
     owner: str = ""
@@ -110,7 +113,7 @@ def decode(body: bytes | None) -> Round:
     try:
         return msgspec.json.decode(body, type=Round)
     except msgspec.ValidationError:
-        return msgspec.convert(msgspec.json.decode(body) | {"spec": None}, Round)
+        return msgspec.convert(msgspec.json.decode(body) | {"spec": None, "tried": ()}, Round)
 
 
 def last_round(documents: Documents, route: str) -> Round:

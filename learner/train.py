@@ -2,6 +2,7 @@
 
     python -m learner.train SPEC.json [--events] [--memory MIB]    reads a `TrainSpec`, leaves its `Artifact`
     python -m learner.train --generate < QUESTIONS.json            answers of a base, with an adapter or without
+    python -m learner.train --score < PAIRS.json                   how likely it finds answers (`learner.lora.scored`)
     accelerate launch -m learner.train SPEC.json                   the same training on several GPUs
 
 refuse what cannot be trained on, read the rest (`learner.job`) → log-probabilities under the base, once → steps; every
@@ -470,12 +471,13 @@ def main(words: Sequence[str] | None = None) -> int:
     about.add_argument("--events", action="store_true", help="tell how it goes as JSON, an object a line")
     about.add_argument("--memory", type=int, metavar="MIB", help="memory that training may take, beside the libraries'")
     about.add_argument("--generate", action="store_true", help="answer the questions on stdin")
+    about.add_argument("--score", action="store_true", help="tell how likely the answers on stdin are")
     options = about.parse_args(words)
-    if options.generate:
-        print(json.dumps(lora.generated(json.load(sys.stdin))))
+    if options.generate or options.score:
+        print(json.dumps((lora.generated if options.generate else lora.scored)(json.load(sys.stdin))))
         return 0
     if options.spec is None:
-        about.error("name a spec, or --generate")
+        about.error("name a spec, --generate or --score")
     try:
         if options.memory is not None:
             limit_memory(options.memory)

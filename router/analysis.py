@@ -34,8 +34,6 @@ class Move(NamedTuple):
 
 def decide(rollout: Rollout, standing: Standing, policy: Policy, now: float) -> Move | None:
     """The next step; None to go on as it is. `now`: Unix seconds."""
-    if rollout.phase == "pending":
-        return None
     if rollout.phase not in ("running", "paused"):
         return None
     if harm := _harm(standing):
@@ -44,8 +42,6 @@ def decide(rollout: Rollout, standing: Standing, policy: Policy, now: float) -> 
     if rollout.phase == "paused":
         if rollout.waits == "budget" and not spent:
             return Move("resume", "the error budget allows it again")
-        if rollout.waits == "promote" and "promote" in rollout.approved:
-            return Move("promote", "the promotion was approved")
         return None
     if standing.doubt and ERASED not in rollout.excused:
         return Move("pause", standing.doubt, "operator")
@@ -59,9 +55,9 @@ def decide(rollout: Rollout, standing: Standing, policy: Policy, now: float) -> 
     waiting = _waiting(stage, rollout, standing, now)
     if waiting is None:
         return _onward(rollout, standing, policy, now)
-    if stage.kind == "pause" and stage.pause is True:
-        return Move("pause", waiting, "operator")
-    return _impatient(waiting, rollout, policy, now) if stage.kind == "analysis" else None
+    if stage.kind == "pause":
+        return Move("pause", waiting, "operator") if stage.pause is True else None
+    return _impatient(waiting, rollout, policy, now)
 
 
 def to_excuse(standing: Standing) -> tuple[str, ...]:
@@ -103,7 +99,7 @@ def _waiting(stage: Stage, rollout: Rollout, standing: Standing, now: float) -> 
     match stage.kind:
         case "pause":
             if stage.pause is True:
-                return "the step says to wait for an operator"
+                return None if rollout.passed == rollout.step else "the step says to wait for an operator"
             return None if spent >= float(stage.pause or 0.0) else f"pauses for {stage.pause:g} s"
         case "analysis":
             if stage.analysis == "better":

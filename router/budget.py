@@ -42,10 +42,11 @@ class Spent(msgspec.Struct, frozen=True):
         return replace(self, through=max(seq for seq, _ in new), hours=kept)
 
     def left(self, budget: ErrorBudget, now: float) -> float:
-        """The share of the budget that is left, 1 before any request; below 0 it is spent."""
+        """The share of the budget that is left, 1 before any request; below 0 it is spent. One failure never spends it:
+        of few requests it would be more than any budget allows."""
         inside = [counts for hour, counts in self.hours.items() if hour * HOUR > now - budget.window - HOUR]
         n, failed = (sum(column) for column in zip(*inside, strict=True)) if inside else (0, 0)
-        return 1.0 - failed / ((1.0 - budget.objective) * n) if n else 1.0
+        return 1.0 - failed / max(1.0, (1.0 - budget.objective) * n)
 
 
 def is_failure(fact: Interaction) -> bool:

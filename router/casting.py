@@ -90,6 +90,18 @@ def with_challenger(playing: Cast, arms: Mapping[str, Arm], rollout: Rollout, po
     return Parts(playing, drawn, rollout, cap, rollout.shadow(policy))
 
 
+def arms_of(snapshot: Snapshot, arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """The arms that have a place in a snapshot's weights; `arms` are the config's."""
+    found = {}
+    for name in snapshot.segments[""]:
+        if name in arms:
+            found[name] = arms[name]
+        elif name in snapshot.versions and snapshot.lead in arms:
+            parent = snapshot.control if name == snapshot.challenger else next(iter(snapshot.kept), snapshot.lead)
+            found[name] = dressed(arms[snapshot.lead], name, parent)
+    return found
+
+
 def fitting(policy: Policy, arms: int) -> Policy:
     """The policy, whose floor leaves room for so many arms."""
     if isinstance(policy, Split) or policy.floor * arms <= 1.0:
@@ -97,12 +109,23 @@ def fitting(policy: Policy, arms: int) -> Policy:
     return policy.model_copy(update={"floor": 1.0 / arms})
 
 
-def capped(weights: Mapping[str, Mapping[str, float]], challenger: str, most: float) -> dict[str, dict[str, float]]:
-    """Segments' weights, where the challenger has `most` at most; the others share what that leaves as they did."""
+def capped(weights: Mapping[str, Mapping[str, float]], parts: Parts, holdout: float) -> dict[str, dict[str, float]]:
+    """Segments' weights, where the challenger's give it no more of all sessions than its cap. The others share what
+    that leaves as they did, up to their largest shares if they can (the challenger is none of the holdout's)."""
+    challenger = parts.rollout.challenger if parts.rollout is not None else ""
+    if challenger not in parts.arms:
+        return {segment: dict(row) for segment, row in weights.items()}
+    most = min(1.0, parts.cap / (1.0 - holdout))
+    others = [arm for arm in parts.arms if arm != challenger]
+    largest: Floats = np.array([parts.arms[arm].max_share for arm in others])
+    largest = np.maximum(1e-9, largest - holdout / len(others)) / (1.0 - holdout)
     found = {}
     for segment, row in weights.items():
-        caps: Floats = np.array([most if arm == challenger else 1.0 for arm in row])
-        found[segment] = dict(zip(row, with_caps(np.array(list(row.values())), caps).tolist(), strict=True))
+        own = min(row[challenger], most)
+        rest = np.maximum(np.array([row[arm] for arm in others]), 1e-12)
+        shared = (1.0 - own) * with_caps(rest / rest.sum(), largest / max(1e-12, 1.0 - own))
+        shares = {**dict(zip(others, shared.tolist(), strict=True)), challenger: own}
+        found[segment] = {arm: shares[arm] for arm in row}
     return found
 
 
@@ -117,7 +140,7 @@ def split_shares(policy: Split, parts: Parts) -> dict[str, dict[str, float]]:
 
 def billed(snapshot: Snapshot, parts: Parts) -> Snapshot:
     """The snapshot, which says who plays what."""
-    on = parts.rollout is not None and parts.rollout.phase != "rolling_back"
+    on = parts.rollout is not None and parts.rollout.phase not in ("rolling_back", "undoing")
     challenger = parts.rollout.challenger if on and parts.rollout is not None else ""
     return replace(
         snapshot,

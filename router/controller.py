@@ -107,6 +107,7 @@ class Controller:
         self._refits = Refits(journal.path)
         self._rollouts = Rollouts(self.routes.values(), journal, store, registrar, alert)
         self._owner = owner
+        self._token = -1
         self._told = told
         self._full: set[str] = set()
         """Routes whose segments were said to be too many."""
@@ -149,6 +150,9 @@ class Controller:
         lease = self._store.lease(self._owner, LEASE_SECONDS, now)
         if lease is None:
             return False
+        if lease.token != self._token:
+            self._threads, self._token = None, lease.token  # somebody else was the controller meanwhile
+            self._rollouts.forget()
         read = self._store.marked("journal")
         if read > self._journal.last():
             read = 0  # another journal than the one this mark was made on
@@ -158,7 +162,9 @@ class Controller:
         end = facts[-1][0] if facts else read
         ripened = [self._ripened(window, end, now) for window in {r.reward.window for r in self.routes.values()}]
         marks = {one.window: one.mark for one in ripened}
-        self._rollouts.find(read, {name: marks[plan.reward.window] for name, plan in self.routes.items()})
+        self._rollouts.find(
+            read, {name: marks[plan.reward.window] for name, plan in self.routes.items()}, self._alive(now)
+        )
         self._rollouts.facts(facts)
         heard = 0
         new = {seq: fact for one in ripened for seq, fact in one.signals} | dict(facts)
@@ -178,6 +184,11 @@ class Controller:
         if facts:
             self._store.mark("journal", end, lease.token)
         return heard > 0 or BATCH in (len(facts), *(len(one.signals) for one in ripened))
+
+    def _alive(self, now: float) -> Callable[[], object]:
+        """Renews the lease of a round that began at `now` and lasts."""
+        began = time.monotonic()
+        return lambda: self._store.lease(self._owner, LEASE_SECONDS, now + time.monotonic() - began)
 
     def _remembered(self, read: int) -> Threads:
         """The threads that another controller knew."""
@@ -330,7 +341,7 @@ class Controller:
         cost = priced(policy, parts.arms, cells, now, route.reward)
         segments = shares(policy, parts.arms, cells, now, cost.burdens)
         if parts.rollout is not None:
-            segments = capped(segments, parts.rollout.challenger, min(1.0, parts.cap / (1.0 - policy.holdout)))
+            segments = capped(segments, parts, policy.holdout)
         segmenter = self._segmenter(route.name, policy.prompts, now, token) if policy.segment_by == "prompt" else ""
         new = Snapshot(route.name, version, now, policy.kind, policy.holdout, segments, full, cost.price, segmenter)
         return billed(new, parts)

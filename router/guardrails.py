@@ -43,9 +43,10 @@ def odds(ours: Bools, p: Floats, k: Floats, times: float = 1.0) -> float:
     if not ours.size:
         return 0.0
     null = times * p / (times * p + k)
-    odd = MULTIPLES[:, None] * times * p
-    gains = np.where(ours, np.log(odd / (odd + k) / null), np.log(k / (odd + k) / (1.0 - null)))
-    return _mixed(gains.sum(1))
+    begins = np.concatenate([[0], np.flatnonzero(null[1:] != null[:-1]) + 1])  # sessions of one snapshot are alike
+    sizes = np.diff(begins, append=null.size)
+    lost = np.log1p((MULTIPLES[:, None] - 1.0) * null[begins]) @ sizes
+    return _mixed(np.count_nonzero(ours) * np.log(MULTIPLES) - lost)
 
 
 def rarer(ours: Bools, p: Floats, k: Floats, times: float = 1.0) -> float:
@@ -81,8 +82,12 @@ def level_of(metric: str) -> float:
 
 
 def needed(policy: Rollout) -> float:
-    """The log e at which one of the policy's guardrails trips."""
-    return math.log(max(1, len(stopping(policy.guardrails))) / (SHARE * policy.alpha))
+    """The log e at which one of the policy's guardrails trips.
+
+    Those of a shadow are told of other answers than those of sessions, so each has two chances where there is one.
+    """
+    chances = 1 + any(stage.shadow is not None for stage in policy.stages)
+    return math.log(max(1, len(stopping(policy.guardrails))) * chances / (SHARE * policy.alpha))
 
 
 def stopping(guardrails: Sequence[Guardrail]) -> list[Guardrail]:

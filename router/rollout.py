@@ -5,13 +5,13 @@
                           │ └─┘ advance
                 promote ──┤         (also from paused)
                           ▼
-                      promoting ── promoted ──▶ promoted ── undo ──▶ undone
+                      promoting ── promoted ──▶ promoted ── undo ──▶ undoing ── undone ──▶ undone
     rollback, from pending, running and paused ──▶ rolling_back ── rolled_back ──▶ rolled_back
 
 The vocabulary is Argo Rollouts' (steps; an analysis that is successful goes on, failed rolls back, inconclusive
-pauses). What is decided takes effect with the first write (`rolling_back` has no share any more); the two phases that
-end in -ing are for what must follow elsewhere, the registry's aliases, and are gone through again by whoever finds
-them. One document a route, changed by compare-and-set, so no two writers can both take a step.
+pauses). What is decided takes effect with the first write (`rolling_back` has no share any more); promoting, undoing
+and rolling_back are for what must follow elsewhere, the registry's aliases, and are gone through again by whoever
+finds them. One document a route, changed by compare-and-set, so no two writers can both take a step.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ from router.rollout_policy import Stage
 from telemetry.errors import UnderstudyError
 from telemetry.events import Decision
 
-Phase = Literal["pending", "running", "paused", "promoting", "promoted", "rolling_back", "rolled_back", "undone"]
-Verb = Literal["start", "advance", "pause", "resume", "promote", "promoted", "rollback", "rolled_back", "undo"]
+Phase = Literal[
+    "pending", "running", "paused", "promoting", "promoted", "rolling_back", "rolled_back", "undoing", "undone"
+]
+Verb = Literal[
+    "start", "advance", "pause", "resume", "promote", "promoted", "rollback", "rolled_back", "undo", "undone"
+]
 Alias = Literal["champion", "challenger", "previous"]
 """Parts that versions play, in the registry."""
 Waits = Literal["", "operator", "begin", "promote", "budget"]
@@ -38,19 +42,27 @@ TABLE: dict[tuple[Phase, Verb], Phase] = {
     ("pending", "start"): "running",
     ("running", "advance"): "running",
     ("running", "pause"): "paused",
+    ("paused", "pause"): "paused",
     ("paused", "resume"): "running",
     ("running", "promote"): "promoting",
     ("paused", "promote"): "promoting",
     ("promoting", "promoted"): "promoted",
-    ("promoted", "undo"): "undone",
+    ("promoted", "undo"): "undoing",
+    ("undoing", "undone"): "undone",
     ("pending", "rollback"): "rolling_back",
     ("running", "rollback"): "rolling_back",
     ("paused", "rollback"): "rolling_back",
     ("rolling_back", "rolled_back"): "rolled_back",
 }
 ENDED: tuple[Phase, ...] = ("promoted", "rolled_back", "undone")
+ASKED: tuple[Verb, ...] = ("pause", "resume", "promote", "rollback", "undo")
+"""What people may ask; the rest is the controller's."""
 KEPT = 50
 """Decisions that the document remembers; all of them are in the journal."""
+KEPT_BEFORE = 8
+CONTROL = 0.02
+"""Share of sessions that the control keeps at least, as long as the challenger is not promoted: without it nothing
+could be said of the challenger any more."""
 CONTROLLER = "controller"
 
 
@@ -72,6 +84,10 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase = "pending"
     step: int = 0
     step_began: float = 0.0
+    share: float = 0.0
+    """What its steps gave it so far. If the policy's steps are changed it has no more than that before the next one."""
+    passed: int = -1
+    """The step `pause: true` that an operator ended."""
     began: float = 0.0
     resumed: float = 0.0
     """When somebody last said to go on; patience counts from then."""
@@ -89,6 +105,8 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of the policy that it was last moved by."""
     decisions: tuple[Decision, ...] = ()
     """The last ones, oldest first."""
+    before: tuple[Decision, ...] = ()
+    """The last ones of the route's rollout before, for a controller that had not put them on record yet."""
 
     @property
     def active(self) -> bool:
@@ -105,15 +123,18 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
 
     def cap(self, policy: Policy) -> float:
         """The most that the challenger may get of sessions: what the last step up to here gave it."""
-        if not self.draws:
-            return 0.0
-        shares = [stage.share for stage in policy.stages[: self.step + 1] if stage.share is not None]
-        return shares[-1] if shares else 0.0
+        return min(self.share, given(policy, self.step), 1.0 - CONTROL) if self.draws else 0.0
 
     def shadow(self, policy: Policy) -> float:
         """The share of requests that are copied."""
         stage = self.stage(policy)
         return stage.shadow or 0.0 if self.phase == "running" and stage is not None else 0.0
+
+
+def given(policy: Policy, step: int) -> float:
+    """What the steps up to this one give the challenger."""
+    shares = [stage.share for stage in policy.stages[: step + 1] if stage.share is not None]
+    return shares[-1] if shares else 0.0
 
 
 def digest(policy: Policy) -> str:
@@ -129,8 +150,17 @@ def begin(last: Rollout | None, route: str, challenger: str, actor: str, why: st
         )
     number = last.number + 1 if last is not None else 1
     name = f"{route}-r{number}-{int(now):x}"
-    fresh = Rollout(id=name, route=route, number=number, challenger=challenger, began=now, step_began=now, why=why)
-    return _told(fresh, "begin", actor, why, now, {})
+    fresh = Rollout(
+        id=name,
+        route=route,
+        number=number,
+        challenger=challenger,
+        began=now,
+        step_began=now,
+        why=why,
+        before=last.decisions[-KEPT_BEFORE:] if last is not None else (),
+    )
+    return told(fresh, "begin", actor, why, now, {})
 
 
 def start(rollout: Rollout, control: str, baseline: float, policy: Policy, now: float) -> Rollout:
@@ -152,29 +182,47 @@ def turn(
     """The rollout after `verb`. Raises Refused where the table has no such way."""
     phase = TABLE.get((rollout.phase, verb))
     if phase is None:
-        can = ", ".join(sorted(verb for at, verb in TABLE if at == rollout.phase)) or "nothing: it has ended"
-        raise Refused(f"rollout {rollout.id} is {rollout.phase.replace('_', ' ')}, so it cannot {verb}; it can {can}")
+        raise Refused(
+            f"rollout {rollout.id} is {rollout.phase.replace('_', ' ')}: {verb} is not possible, {_can(rollout)}"
+        )
     after = replace(rollout, phase=phase, why=why, waits=waits, policy=digest(policy))
     if verb in ("start", "advance"):
-        after = replace(after, step=rollout.step + (verb == "advance"), step_began=now)
+        step = rollout.step + (verb == "advance")
+        after = replace(after, step=step, step_began=now, share=given(policy, step))
     if phase in ENDED:
         after = replace(after, ended=now)
-    return _told(after, verb, actor, why, now, evidence or {})
+    return told(after, verb, actor, why, now, evidence or {})
 
 
 def resume(rollout: Rollout, tripped: tuple[str, ...], actor: str, why: str, now: float, policy: Policy) -> Rollout:
-    """Go on after a pause: a step that is a pause is over, and guardrails that tripped are excused from here on."""
+    """An operator says to go on: a step `pause: true` is over, and guardrails that tripped are excused from here on."""
     after = turn(rollout, "resume", actor, why, now, policy)
-    after = replace(after, resumed=now, excused=tuple(sorted({*after.excused, *tripped})))
-    stage = after.stage(policy)
-    return turn(after, "advance", actor, why, now, policy) if stage is not None and stage.kind == "pause" else after
+    excused = tuple(sorted({*after.excused, *tripped}))
+    return replace(after, resumed=now, passed=after.step, excused=excused)
 
 
-def approve(rollout: Rollout, what: Literal["begin", "promote"]) -> Rollout:
-    return replace(rollout, approved=tuple(sorted({*rollout.approved, what})))
+def approve(rollout: Rollout, what: Literal["begin", "promote"], actor: str, why: str, now: float) -> Rollout:
+    """Somebody agrees to what waits for it."""
+    agreed = replace(rollout, approved=tuple(sorted({*rollout.approved, what})), waits="", why=why)
+    return told(agreed, "approve", actor, why, now, {"approved": what})
 
 
-def _told(rollout: Rollout, verb: str, actor: str, why: str, now: float, evidence: Mapping[str, Any]) -> Rollout:
+def rearranged(rollout: Rollout, policy: Policy, now: float) -> Rollout | None:
+    """At its place among the steps, if they were changed; else None. That is the step that gives what it has had, or
+    next less; or the first one."""
+    if given(policy, rollout.step) == rollout.share:
+        return None
+    gives = [given(policy, step) for step in range(len(policy.stages))]
+    step = gives.index(max((share for share in gives if share <= rollout.share), default=gives[0]))
+    why = f"the steps were changed: now at step {step + 1} of {len(policy.stages)}"
+    after = replace(
+        rollout, step=step, step_began=now, share=given(policy, step), passed=-1, why=why, policy=digest(policy)
+    )
+    return told(after, "advance", CONTROLLER, why, now, {})
+
+
+def told(rollout: Rollout, verb: str, actor: str, why: str, now: float, evidence: Mapping[str, Any]) -> Rollout:
+    """With one more decision, which leaves it in its phase."""
     number = rollout.decisions[-1].number + 1 if rollout.decisions else 1
     decision = Decision(
         event_id=f"{rollout.id}/{number}",
@@ -193,3 +241,10 @@ def _told(rollout: Rollout, verb: str, actor: str, why: str, now: float, evidenc
         evidence=dict(evidence),
     )
     return replace(rollout, decisions=(*rollout.decisions, decision)[-KEPT:])
+
+
+def _can(rollout: Rollout) -> str:
+    """What can be asked of it."""
+    if verbs := [verb for verb in ASKED if (rollout.phase, verb) in TABLE]:
+        return f"but {', '.join(verbs)}"
+    return "and in a moment it will have ended" if rollout.active else "it has ended"

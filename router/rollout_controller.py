@@ -4,10 +4,14 @@ The document `rollout/{route}` says where it stands; each change is a compare-an
 the controller's rollback one comes first and the other is refused. What follows a promotion or a rollback elsewhere
 (aliases, tags) is done while the document says that it is under way, and again by whoever finds it so. Evidence is not
 kept: it is read from the journal by a controller that begins (`router.trial`).
+
+What is decided must show in the next weights, whatever else fails: a registry or a disk that refuses holds up the
+aftermath and the record, and is tried again, but no rollback.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -17,10 +21,24 @@ from msgspec.structs import replace
 
 from router import analysis
 from router.analysis import Move, decide, evidence, impact
-from router.rollout import CONTROLLER, Alias, Refused, Rollout, Waits, approve, begin, resume, start, turn
+from router.rollout import (
+    CONTROLLER,
+    Alias,
+    Refused,
+    Rollout,
+    Waits,
+    approve,
+    begin,
+    rearranged,
+    resume,
+    start,
+    told,
+    turn,
+)
 from router.rollout_policy import Rollout as Policy
 from router.store import Documents
 from router.trial import Heard, Session, Standing, Trial
+from telemetry.errors import StateError, UnderstudyError
 from telemetry.events import Decision, Interaction, Shadow
 
 log = logging.getLogger("understudy.rollout")
@@ -49,17 +67,22 @@ class RolloutController:
         documents: Documents,
         registrar: Registrar,
         journal: Callable[[Sequence[Decision]], None],
-        known: Callable[[Rollout], int],
+        known: Callable[[str], int],
         alert: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        window: float = 0.0,
     ) -> None:
-        """`journal` puts decisions on record; `known` says how many of a rollout's are there already."""
+        """`journal` puts decisions on record; `known` says how many of a rollout's (by its id) are there already.
+
+        `window`: seconds that users have to react to an answer.
+        """
         self.route = route
         self.policy = policy
         self._documents, self._registrar = documents, registrar
-        self._journal, self._known, self._alert = journal, known, alert
+        self._journal, self._known, self._alert, self._window = journal, known, alert, window
         self._told: dict[str, int] = {}
         """By rollout: the number of its last decision that is on record."""
-        self._warned: set[str] = set()
+        self._warned: set[tuple[str, str]] = set()
+        self._complained = ""
         self._looked = 0.0
         self.trial: Trial | None = None
         self.standing: Standing | None = None
@@ -67,14 +90,21 @@ class RolloutController:
     def find(self) -> tuple[Rollout | None, bool]:
         """The rollout as it stands, and whether its evidence must be read from the journal first."""
         rollout = load(self._documents, self.route)[1]
-        if rollout is None or not rollout.active:
+        if rollout is None or rollout.phase not in ("running", "paused"):
             self.trial = None
+            if rollout is not None and rollout.phase == "pending":
+                self.standing = None
             return rollout, False
-        if rollout.phase == "pending" or (self.trial is not None and self.trial.id == rollout.id):
+        if self.trial is not None and self.trial.id == rollout.id:
             return rollout, False
-        self.trial, self.standing, self._looked = Trial(rollout), None, 0.0
+        self.trial, self.standing, self._looked = Trial(rollout, self._window), None, 0.0
         self._warned.clear()
         return rollout, True
+
+    def forget(self) -> None:
+        """Somebody else was the controller meanwhile: what is known here is old."""
+        self.trial, self.standing, self._looked = None, None, 0.0
+        self._told.clear()
 
     def request(self, fact: Interaction) -> None:
         if self.trial is not None:
@@ -101,8 +131,17 @@ class RolloutController:
         """
         body, rollout = load(self._documents, self.route)
         while rollout is not None:
-            self._record(rollout)
-            after = self._next(rollout, now, champion, baseline, budget)
+            try:
+                self._record(rollout)
+            except StateError as error:
+                self._complain(f"decisions are not on record yet: {error}")
+            try:
+                after = self._next(rollout, now, champion, baseline, budget)
+            except UnderstudyError as error:
+                if rollout.phase not in ("promoting", "undoing", "rolling_back"):
+                    raise
+                self._complain(f"{rollout.phase.replace('_', ' ')} {rollout.challenger} is not done yet: {error}")
+                break
             if after is None:
                 break
             if not self._documents.swap(_name(self.route), body, msgspec.json.encode(after)):
@@ -118,7 +157,14 @@ class RolloutController:
             case "pending":
                 return self._start(rollout, now, champion, baseline, budget)
             case "promoting":
-                return self._promoted(rollout, now)
+                if not made_champion(self._registrar, rollout):
+                    return None  # somebody moved an alias meanwhile; the next look sees it
+                why = f"{rollout.challenger} is the champion"
+                return turn(rollout, "promoted", CONTROLLER, why, now, self.policy)
+            case "undoing":
+                if not unmade_champion(self._registrar, rollout):
+                    return None
+                return turn(rollout, "undone", CONTROLLER, rollout.why, now, self.policy)
             case "rolling_back":
                 return self._rolled_back(rollout, now)
             case "running" | "paused":
@@ -146,8 +192,10 @@ class RolloutController:
         if champion != rollout.control:
             why = f"the champion is {champion} by now, and no longer {rollout.control}"
             return turn(rollout, "rollback", CONTROLLER, why, now, self.policy)
-        if self._looked and 0.0 <= now - self._looked < self.policy.interval and not rollout.approved:
+        if self._looked and 0.0 <= now - self._looked < self.policy.interval:
             return None
+        if rollout.phase == "running" and (placed := rearranged(rollout, self.policy, now)) is not None:
+            return placed
         self._looked = now
         self.standing = standing = self._stand(rollout, now, budget)
         self._warn(rollout, standing)
@@ -158,8 +206,6 @@ class RolloutController:
 
     def _moved(self, rollout: Rollout, move: Move, standing: Standing, now: float) -> Rollout:
         found = evidence(standing) | ({"impact": impact(standing)} if move.verb == "promote" else {})
-        if move.verb == "resume":
-            return resume(rollout, (), CONTROLLER, move.why, now, self.policy)
         log.info("route %s: %s %s: %s", self.route, move.verb, rollout.challenger, move.why)
         return turn(rollout, move.verb, CONTROLLER, move.why, now, self.policy, found, move.waits)
 
@@ -177,20 +223,6 @@ class RolloutController:
         tags = self._registrar.tags(rollout.challenger)
         return next((f"{rollout.challenger} was {tag}: {tags[tag]}" for tag in UNFIT if tag in tags), "")
 
-    def _promoted(self, rollout: Rollout, now: float) -> Rollout | None:
-        """The challenger is the champion: one write moves all three aliases, so there are never two."""
-        aliases = self._registrar.aliases(self.route)
-        before = aliases.get("champion")
-        if before != rollout.challenger:
-            moves: dict[Alias, tuple[str | None, str | None]] = {
-                "champion": (before, rollout.challenger),
-                "previous": (aliases.get("previous"), before),
-                "challenger": (aliases.get("challenger"), None),
-            }
-            if not self._registrar.move_all(self.route, moves):
-                return None  # somebody moved one meanwhile; the next look sees it
-        return turn(rollout, "promoted", CONTROLLER, f"{rollout.challenger} is the champion", now, self.policy)
-
     def _rolled_back(self, rollout: Rollout, now: float) -> Rollout | None:
         if "quarantined" not in self._registrar.tags(rollout.challenger):
             self._registrar.tag(rollout.challenger, "quarantined", f"{rollout.id}: {rollout.why}")
@@ -200,21 +232,27 @@ class RolloutController:
 
     def _warn(self, rollout: Rollout, standing: Standing) -> None:
         for one in standing.guardrails:
-            if one.tripped and one.metric not in self._warned:
-                self._warned.add(one.metric)
+            if one.tripped and (one.metric, one.action) not in self._warned:
+                self._warned.add((one.metric, one.action))
                 self._alert({"about": "guardrail", "rollout": rollout.id, **msgspec.to_builtins(one)})
 
     def _record(self, rollout: Rollout) -> None:
         """Put on record what is not yet, whoever decided it."""
-        told = self._told.get(rollout.id)
-        if told is None:
-            told = self._known(rollout)
-        new = [one for one in rollout.decisions if one.number > told]
+        decisions = (*rollout.before, *rollout.decisions)
+        new = [one for one in decisions if one.number > self._told.get(one.rollout, 0)]
+        for name in {one.rollout for one in new}:
+            self._told[name] = self._known(name)
+        new = [one for one in new if one.number > self._told[one.rollout]]
         if new:
             self._journal(new)
             for one in new:
+                self._told[one.rollout] = one.number
                 self._alert({"about": "decision", **msgspec.to_builtins(replace(one, evidence={}))})
-        self._told[rollout.id] = max(told, *(one.number for one in rollout.decisions))
+
+    def _complain(self, what: str) -> None:
+        if what != self._complained:
+            log.warning("route %s: %s; trying again", self.route, what)
+        self._complained = what
 
 
 def _longer(history: tuple[tuple[float, int, float, float, float], ...], found: Standing) -> Any:
@@ -226,6 +264,40 @@ def _longer(history: tuple[tuple[float, int, float, float, float], ...], found: 
         return history
     longer = (*history, (found.at, judged, found.difference, found.lower, found.upper))
     return longer if len(longer) <= HISTORY else (*longer[:-1:2], longer[-1])
+
+
+# What follows elsewhere. Each may be done again, and is then done.
+
+
+def made_champion(registrar: Registrar, rollout: Rollout) -> bool:
+    """The challenger is the champion: one write moves all aliases, so there are never two. False if one moved."""
+    aliases = registrar.aliases(rollout.route)
+    before = aliases.get("champion")
+    if before == rollout.challenger:
+        return True
+    moves: dict[Alias, tuple[str | None, str | None]] = {
+        "champion": (before, rollout.challenger),
+        "previous": (aliases.get("previous"), before),
+    }
+    if aliases.get("challenger") == rollout.challenger:
+        moves["challenger"] = rollout.challenger, None
+    return registrar.move_all(rollout.route, moves)
+
+
+def unmade_champion(registrar: Registrar, rollout: Rollout) -> bool:
+    """The champion before is the champion again, and this one quarantined. False if somebody moved an alias."""
+    by = rollout.decisions[-1].actor
+    return _brought_back(registrar, rollout.route, rollout.challenger, f"undone by {by}: {rollout.why}")
+
+
+def _brought_back(registrar: Registrar, route: str, champion: str, why: str) -> bool:
+    aliases = registrar.aliases(route)
+    if "quarantined" not in registrar.tags(champion):
+        registrar.tag(champion, "quarantined", why)
+    if aliases.get("champion") != champion:
+        return True
+    before = aliases.get("previous")
+    return registrar.move_all(route, {"champion": (champion, before), "previous": (before, None)})
 
 
 # What operators and the learner ask.
@@ -240,49 +312,60 @@ def propose(
     documents: Documents, registrar: Registrar, route: str, version: str, actor: str, why: str, now: float
 ) -> Rollout:
     """Ask for a version to be rolled out; the controller starts it. Raises Refused."""
-    body, last = load(documents, route)
-    if last is not None and last.active and last.challenger == version:
-        return last
-    tags = registrar.tags(version)
-    if unfit := next((tag for tag in (*UNFIT, "erased") if tag in tags), None):
-        raise Refused(f"{version} was {unfit} ({tags[unfit]}), so it is not rolled out")
-    fresh = begin(last, route, version, actor, why, now)
-    has = registrar.aliases(route).get("challenger")
-    if has not in (None, version):
-        raise Refused(
-            f"route {route} has another challenger, {has}; one at a time: `understudy learn drop` gives it up"
-        )
-    if has is None and not registrar.move_all(route, {"challenger": (None, version)}):
-        raise Refused(f"route {route} got another challenger meanwhile; one at a time")
-    if not documents.swap(_name(route), body, msgspec.json.encode(fresh)):
-        raise Refused(f"somebody else moved route {route}'s rollout meanwhile; look at `understudy rollout status`")
-    return fresh
+    while True:
+        body, last = load(documents, route)
+        if last is not None and last.active and last.challenger == version:
+            return last
+        tags = registrar.tags(version)
+        if unfit := next((tag for tag in (*UNFIT, "erased") if tag in tags), None):
+            raise Refused(f"{version} was {unfit} ({tags[unfit]}), so it is not rolled out; train another version")
+        fresh = begin(last, route, version, actor, why, now)
+        aliases = registrar.aliases(route)
+        has = aliases.get("challenger")
+        if aliases.get("champion") == version:
+            raise Refused(f"{version} is route {route}'s champion already; roll out another version")
+        if has not in (None, version):
+            raise Refused(
+                f"route {route} has another challenger, {has}; one at a time: `understudy learn drop` gives it up"
+            )
+        if has is None and not registrar.move_all(route, {"challenger": (None, version)}):
+            raise Refused(f"route {route} got another challenger meanwhile; one at a time")
+        if documents.swap(_name(route), body, msgspec.json.encode(fresh)):
+            return fresh
 
 
 def ask(
     documents: Documents,
     route: str,
-    verb: Literal["promote", "pause", "resume", "rollback"],
+    verb: Literal["approve", "promote", "pause", "resume", "rollback"],
     actor: str,
     why: str,
     now: float,
     policy: Policy,
     standing: Standing | None = None,
 ) -> Rollout:
-    """An operator's wish. Raises Refused where it cannot be now; the rights are the caller's to look at."""
+    """An operator's wish. Raises Refused where it cannot be now; the rights are the caller's to look at.
+
+    `approve` agrees to a rollout's beginning, and to nothing else; so does `promote` of one that has not begun.
+    """
     while True:
         body, rollout = load(documents, route)
         if rollout is None:
             raise Refused(f"route {route} has no rollout; the learner begins one when a challenger passes its gate")
-        if verb == "promote" and rollout.phase == "pending":
-            after = replace(approve(rollout, "begin"), waits="", why=why)
+        if verb == "approve" and "begin" in rollout.approved:
+            return rollout
+        if rollout.phase == "pending" and verb in ("approve", "promote"):
+            after = approve(rollout, "begin", actor, why, now)
+        elif verb == "approve":
+            raise Refused(
+                f"rollout {rollout.id} has begun ({rollout.phase.replace('_', ' ')}); it waits for no approval"
+            )
         elif verb == "resume":
             excused = analysis.to_excuse(standing) if standing is not None else ()
             after = resume(rollout, excused, actor, why, now, policy)
         else:
             found = evidence(standing) | {"impact": impact(standing)} if standing is not None else {}
             after = turn(rollout, verb, actor, why, now, policy, found, "operator" if verb == "pause" else "")
-            after = approve(after, "promote") if verb == "promote" else after
         if documents.swap(_name(route), body, msgspec.json.encode(after)):
             return after
 
@@ -294,23 +377,39 @@ def undo(
 
     Raises Refused if there is none to go back from.
     """
-    _, rollout = load(documents, route)
-    if rollout is not None and rollout.phase in ("pending", "running", "paused"):
-        ask(documents, route, "rollback", actor, f"undo: {why}", now, policy)
-    aliases = registrar.aliases(route)
-    champion, before = aliases.get("champion"), aliases.get("previous")
-    if champion is None:
-        raise Refused(f"route {route}'s champion is the config's own arm; there is nothing to undo")
-    if not registrar.move_all(route, {"champion": (champion, before), "previous": (before, None)}):
-        raise Refused(f"somebody moved route {route}'s champion meanwhile; look at `understudy rollout status`")
-    registrar.tag(champion, "quarantined", f"undone by {actor}: {why}")
     while True:
         body, rollout = load(documents, route)
-        if rollout is None or rollout.phase != "promoted" or rollout.challenger != champion:
-            return champion, before
-        after = turn(rollout, "undo", actor, why, now, policy, {"champion": before})
-        if documents.swap(_name(route), body, msgspec.json.encode(after)):
-            return champion, before
+        if rollout is not None and rollout.phase == "promoting":  # first, so that there is something to go back from
+            if made_champion(registrar, rollout):
+                promoted = turn(rollout, "promoted", actor, f"undo: {why}", now, policy)
+                documents.swap(_name(route), body, msgspec.json.encode(promoted))
+            continue
+        if rollout is not None and rollout.phase == "undoing":
+            if unmade_champion(registrar, rollout):
+                undone = turn(rollout, "undone", actor, rollout.why, now, policy)
+                documents.swap(_name(route), body, msgspec.json.encode(undone))  # else the controller was first
+                return rollout.challenger, registrar.aliases(route).get("champion")
+            continue
+        aliases = registrar.aliases(route)
+        champion, before = aliases.get("champion"), aliases.get("previous")
+        if champion is None:
+            raise Refused(f"route {route}'s champion is the config's own arm; there is nothing to undo")
+        if rollout is not None and rollout.phase in ("pending", "running", "paused"):
+            with contextlib.suppress(Refused):  # somebody moved it meanwhile
+                ask(documents, route, "rollback", actor, f"undo: {why}", now, policy)
+            continue
+        found = {"undone": champion, "champion": before}
+        if rollout is not None and rollout.phase == "promoted" and rollout.challenger == champion:
+            after = turn(rollout, "undo", actor, why, now, policy, found)
+            documents.swap(_name(route), body, msgspec.json.encode(after))
+            continue
+        if rollout is not None:
+            after = told(rollout, "undo", actor, why, now, found)
+            if not documents.swap(_name(route), body, msgspec.json.encode(after)):
+                continue
+        while not _brought_back(registrar, route, champion, f"undone by {actor}: {why}"):
+            pass
+        return champion, before
 
 
 def _name(route: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from router.arms import Cell
 from router.budget import Spent
@@ -61,17 +62,26 @@ class Rollouts:
                     journal.append,
                     self._on_record,
                     lambda what, route=plan.name: alert(route, what),  # type: ignore[misc]
+                    plan.reward.window,
                 )
 
-    def find(self, read: int, marks: Mapping[str, int]) -> None:
+    def forget(self) -> None:
+        """Somebody else was the controller meanwhile: read everything anew."""
+        self._shown.clear()
+        self._budgets.clear()
+        for one in self._of.values():
+            one.forget()
+
+    def find(self, read: int, marks: Mapping[str, int], alive: Callable[[], object] = lambda: None) -> None:
         """See where each rollout stands; of one that is new here, read the evidence back, up to the fact `read`.
 
-        `marks`: by route, up to which signal behaviour has waited for its window.
+        `marks`: by route, up to which signal behaviour has waited for its window. `alive` is called once in a while,
+        for a rollout may have lasted for weeks.
         """
         for route, one in self._of.items():
             rollout, unread = one.find()
             if unread and rollout is not None:
-                self._read_back(one, rollout, read, marks[route])
+                self._read_back(one, rollout, read, marks[route], alive)
 
     def facts(self, facts: Sequence[tuple[int, Fact]]) -> None:
         """New facts, in the order of arrival."""
@@ -116,22 +126,26 @@ class Rollouts:
             return float(baseline(sum(one.n for one in own), sum(one.s for one in own)))
 
         rollout = one.look(now, playing.champion, usual, budget)
-        self._show(plan.name, one, token)
+        self._show(plan.name, one, rollout, token)
         if rollout is None or not rollout.active:
             playing = cast(plan.arms, one.aliases())  # they may have moved just now
             return Parts(playing, playing.arms)
         return with_challenger(playing, plan.arms, rollout, one.policy)
 
-    def _read_back(self, one: RolloutController, rollout: Rollout, read: int, mark: int) -> None:
+    def _read_back(
+        self, one: RolloutController, rollout: Rollout, read: int, mark: int, alive: Callable[[], object]
+    ) -> None:
         found: list[tuple[int, Fact]] = []
         for rows in self._journal.backwards():
-            found += [(seq, fact) for seq, fact in rows if seq <= read]
+            found += [(seq, _bare(fact)) for seq, fact in rows if seq <= read and _is_of(fact, rollout)]
+            alive()
             if came(rows[-1][1]) < rollout.began - EARLY:  # facts come nearly in the order of their times
                 break
         self.facts(found[::-1])
         own = [fact for _, fact in found if isinstance(fact, Interaction) and fact.route == rollout.route]
         sessions = [key for fact in own if one.takes_part(key := (fact.tenant, fact.session))]
         for part in _chunks(list(dict.fromkeys(sessions))):
+            alive()
             requests = self._journal.sessions(part, {})
             signals = self._journal.heard_about(i for rows in requests.values() for _, i in rows)
             for key, heard in by_session(requests, signals).items():
@@ -155,21 +169,34 @@ class Rollouts:
             self._budgets[route] = after
         return after.left(policy.error_budget, now)
 
-    def _show(self, route: str, one: RolloutController, token: int) -> None:
+    def _show(self, route: str, one: RolloutController, rollout: Rollout | None, token: int) -> None:
         body = msgspec.json.encode(one.standing) if one.standing is not None else b""
-        if body and body != self._shown.get(route):
+        fresh = rollout is not None and rollout.phase == "pending"  # how the one before stood is not how it stands
+        if (body or fresh) and body != self._shown.get(route):
             self._store.keep(f"standing:{route}", body, token)
             self._shown[route] = body
 
-    def _on_record(self, rollout: Rollout) -> int:
-        told = (one.number for one in self._journal.decisions(rollout.route) if one.rollout == rollout.id)
-        return max(told, default=0)
+    def _on_record(self, rollout: str) -> int:
+        return max((one.number for one in self._journal.decisions() if one.rollout == rollout), default=0)
 
 
 def standing_of(store: Store, route: str) -> Standing | None:
     """How the route's rollout stood when it was last looked at."""
     body = store.kept(f"standing:{route}")
     return msgspec.json.decode(body, type=Standing) if body else None
+
+
+def _is_of(fact: Fact, rollout: Rollout) -> bool:
+    return (isinstance(fact, Interaction) and fact.answerer.rollout == rollout.id) or (
+        isinstance(fact, Shadow) and fact.rollout == rollout.id
+    )
+
+
+def _bare(fact: Fact) -> Fact:
+    """Without what people wrote: a month's facts are held at once."""
+    if isinstance(fact, Interaction):
+        return replace(fact, messages=None, answer=None, tool_calls=None)
+    return replace(fact, answer=None, tool_calls=None) if isinstance(fact, Shadow) else fact
 
 
 def _is_reward_of(cell: Cell, arm: str) -> bool:

@@ -12,6 +12,7 @@ compared with an equal number of them, the newest ones.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -30,7 +31,9 @@ DETECT = 0.1
 GOOD = 0.5
 """A session whose reward is above is a satisfied one."""
 MOST_TIMES = 20_000
-"""Times of each side that are kept, the newest ones."""
+"""Times of each side that are compared, the newest ones."""
+LEAST_JUDGED = 20
+"""Judged sessions of each side before the test says anything: its bounds claim nothing of the first dozens."""
 
 Verdict = Literal["successful", "failed", "inconclusive"]
 Session = tuple[str, str]
@@ -100,7 +103,7 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     """Past looks: when, judged sessions, difference, lower, upper."""
 
 
-_ROW = np.dtype(
+ROW = np.dtype(
     [
         ("at", "f8"), ("ours", "?"), ("p", "f8"), ("k", "f8"), ("latency", "f8"), ("first_byte", "f8"),
         ("error", "?"), ("reward", "f8"), ("flagged", "?"), ("reacted", "?"),
@@ -109,18 +112,30 @@ _ROW = np.dtype(
 """Of a session: when it began, whether it is the challenger's, the propensities of challenger (p) and control (k), the
 times of its first answer, and what came of it; NaN is not known."""
 
+_COPY = np.dtype(
+    [
+        ("at", "f8"), ("latency", "f8"), ("first_byte", "f8"), ("error", "?"), ("length", "f8"),
+        ("shown_latency", "f8"), ("shown_first_byte", "f8"), ("shown_error", "?"), ("shown_length", "f8"),
+    ]
+)  # fmt: skip
+"""Of a request that was copied: the challenger's answer, and the one that was shown."""
+
 Rows = NDArray[Any]
 
 
 class Trial:
     """All that is known of one rollout."""
 
-    def __init__(self, rollout: Rollout) -> None:
+    def __init__(self, rollout: Rollout, window: float = 0.0) -> None:
+        """`window`: how many seconds a session's users have to react."""
         self.id = rollout.id
         self._challenger, self._control = rollout.challenger, rollout.control
+        self._window = window
         self._place: dict[Session, int] = {}
-        self._rows: Rows = np.zeros(1024, _ROW)
-        self._shadows: dict[str, Shadow] = {}
+        self._known = 0
+        self._rows: Rows = np.zeros(1024, ROW)
+        self._copy: dict[str, int] = {}
+        self._copies: Rows = np.zeros(1024, _COPY)
 
     def __contains__(self, session: Session) -> bool:
         return session in self._place
@@ -134,9 +149,9 @@ class Trial:
         if place is None:
             if who.arm not in (self._challenger, self._control) or not 0.0 < who.rival < 1.0:
                 return
-            place = self._place[key] = len(self._place)
-            if place == len(self._rows):
-                self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+            place = self._place[key] = self._known
+            self._known += 1
+            self._rows = _with_room(self._rows, self._known)
             ours = who.arm == self._challenger
             p, k = (who.propensity, who.rival) if ours else (who.rival, who.propensity)
             times = (math.nan, math.nan) if fact.error else (fact.duration, fact.first_byte or fact.duration)
@@ -153,38 +168,66 @@ class Trial:
             row["flagged"], row["reacted"] = heard.flagged, heard.reacted
 
     def shadow(self, fact: Shadow) -> None:
-        if fact.rollout == self.id:
-            self._shadows[fact.event_id] = fact
+        """One copy of a request."""
+        if fact.rollout != self.id:
+            return
+        place = self._copy.setdefault(fact.event_id, len(self._copy))
+        self._copies = _with_room(self._copies, len(self._copy))
+        ours = fact.duration, fact.first_byte or fact.duration, fact.error is not None, fact.characters
+        shown = fact.shown_duration, fact.shown_first_byte or fact.shown_duration, fact.shown_error is not None
+        self._copies[place] = fact.at, *ours, *shown, fact.shown_characters
+
+    @property
+    def rows(self) -> Rows:
+        """A row a session, in the order in which they came to be known: a view."""
+        return self._rows[: self._known]
+
+    def add(self, rows: Rows) -> None:
+        """Many sessions at once, which no fact will name (simulated ones)."""
+        self._rows = _with_room(self._rows, self._known + len(rows))
+        self._rows[self._known : self._known + len(rows)] = rows
+        self._known += len(rows)
 
     def standing(self, rollout: Rollout, policy: Policy, now: float) -> Standing:
         """As of `now`; what is not known here (unfit, budget, history) is left out."""
-        rows = self._rows[: len(self._place)]
+        rows, copies = self.rows, self._copies[: len(self._copy)]
         n, h, s, ss = _scores(rows, rollout.baseline)
         alpha = policy.alpha * (1.0 - guardrails.SHARE)
-        rho = tuned_rho(variance_to_detect(DETECT, alpha), alpha, 1)
-        lower, upper = (float(bound) for bound in asymptotic(n, h, s, ss, alpha, rho, 1))
+        lower, upper = (float(bound) for bound in asymptotic(n, h, s, ss, alpha, _rho(alpha), 1))
         known = math.isfinite(lower)
         stage = rollout.stage(policy)
         shadowing = stage is not None and stage.kind == "shadow"
         in_step = rows["ours"] & (rows["at"] >= rollout.step_began) & ~np.isnan(rows["reward"])
-        shadows = list(self._shadows.values())
-        compared = sum(fact.at >= rollout.step_began for fact in shadows)
+        compared = int((copies["at"] >= rollout.step_began).sum())
+        challenger, control = _side(rows[rows["ours"]]), _side(rows[~rows["ours"]])
+        enough = min(challenger.judged, control.judged) >= LEAST_JUDGED
         return Standing(
             at=now,
-            verdict=_verdict(lower, upper, policy.margin),
+            verdict=_verdict(lower, upper, policy.margin) if enough else "inconclusive",
             difference=s / h if known else None,
             lower=lower if known else None,
             upper=upper if known else None,
-            better=lower > 0.0,
-            challenger=_side(rows[rows["ours"]]),
-            control=_side(rows[~rows["ours"]]),
+            better=enough and lower > 0.0,
+            challenger=challenger,
+            control=control,
             judged_in_step=compared if shadowing else int(in_step.sum()),
             guardrails=tuple(
-                _watched(rail, _in_shadow(rail, shadows) if shadowing else _live(rail, rows), policy)
+                _watched(rail, _in_shadow(rail, copies) if shadowing else _live(rail, rows, now - self._window), policy)
                 for rail in policy.guardrails
             ),
-            shadow=_compared(shadows),
+            shadow=_compared(copies),
         )
+
+
+def _with_room(rows: Rows, size: int) -> Rows:
+    while size > len(rows):
+        rows = np.concatenate([rows, np.zeros_like(rows)])
+    return rows
+
+
+@cache
+def _rho(alpha: float) -> float:
+    return tuned_rho(variance_to_detect(DETECT, alpha), alpha, 1)
 
 
 def _watched(rail: Guardrail, found: Found, policy: Policy) -> Watched:
@@ -255,11 +298,10 @@ Found = tuple[float, float | None, float | None]
 """log e, and what is shown of the challenger and the control."""
 
 
-def _live(rail: Guardrail, rows: Rows) -> Found:
+def _live(rail: Guardrail, rows: Rows, heard: float) -> Found:
+    """`heard`: users of sessions that began before have had their time to react."""
     if rail.metric.startswith(("latency", "first_byte")):
-        times = rows[rail.metric.rpartition("_")[0]]
-        ours, theirs = _times(times[rows["ours"]]), _times(times[~rows["ours"]])
-        return _slower(rail, ours, theirs[-max(1, ours.size) :])
+        return _slower(rail, *_side_by_side(rows["ours"], rows[rail.metric.rpartition("_")[0]]))
     if rail.metric == "sample_ratio":
         drawn = rows["ours"], rows["p"], rows["k"]
         e = [guardrails.odds(*drawn), guardrails.rarer(*drawn)]
@@ -271,8 +313,8 @@ def _live(rail: Guardrail, rows: Rows) -> Found:
     if rail.above is not None:
         e.append(guardrails.tail(int(ours.sum()), ours.size, rail.above))
     if rail.below is not None:
-        unwanted = ours if rail.metric == "satisfaction" else ~ours
-        e.append(guardrails.tail(int(unwanted.sum()), ours.size, 1.0 - rail.below))
+        unwanted = ours if rail.metric == "satisfaction" else ~shows[among["ours"] & (among["at"] < heard)]
+        e.append(guardrails.tail(int(unwanted.sum()), unwanted.size, 1.0 - rail.below))
     if rail.metric == "satisfaction":
         return _worst(e), _mean(~ours), _mean(~theirs)
     return _worst(e), _mean(ours), _mean(theirs)
@@ -295,6 +337,16 @@ def _ratios(rail: Guardrail, ours: Rows, p: Rows, k: Rows) -> list[float]:
     return [more, guardrails.rarer(ours, p, k, rail.worse_by)]  # neither more nor fewer may react
 
 
+def _side_by_side(ours: Rows, times: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The challenger's newest times, and those of the control's sessions that came next before them: all answers may
+    be slow for an hour, in which one of them has a larger share of its sessions than the other."""
+    known = ~np.isnan(times)
+    ours, times = ours[known], times[known]
+    places = np.flatnonzero(ours)[-MOST_TIMES:]
+    before = np.maximum.accumulate(np.where(ours, -1, np.arange(ours.size)))[places]
+    return np.asarray(times[places]), np.asarray(times[np.unique(before[before >= 0])])
+
+
 def _slower(rail: Guardrail, ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Found:
     level = guardrails.level_of(rail.metric)
     limits = [rail.above] if rail.above is not None else []
@@ -306,38 +358,39 @@ def _slower(rail: Guardrail, ours: NDArray[np.float64], theirs: NDArray[np.float
     return _worst(e), shown[0], shown[1]
 
 
-def _in_shadow(rail: Guardrail, shadows: list[Shadow]) -> Found:
+def _in_shadow(rail: Guardrail, copies: Rows) -> Found:
     """Each copy stands beside what was shown: one session of each arm, as if drawn with equal chances."""
     if rail.metric == "error_rate":
-        ours = np.array([f.error is not None for f in shadows], bool)
-        theirs = np.array([f.shown_error is not None for f in shadows], bool)
+        ours, theirs = copies["error"], copies["shown_error"]
         who = np.repeat([True, False], [ours.sum(), theirs.sum()])
         even = np.full(who.size, 0.5)
         e = _ratios(rail, who, even, even)
         e += [guardrails.tail(int(ours.sum()), ours.size, rail.above)] if rail.above is not None else []
         return _worst(e), _mean(ours), _mean(theirs)
     if rail.metric.startswith(("latency", "first_byte")):
-        good = [f for f in shadows if f.error is None and f.shown_error is None]
-        whole = rail.metric.startswith("latency")
-        ours_ = [f.duration if whole else f.first_byte or f.duration for f in good]
-        theirs_ = [f.shown_duration if whole else f.shown_first_byte or f.shown_duration for f in good]
-        return _slower(rail, np.array(ours_, float), np.array(theirs_, float))
+        good, name = _answered(copies)[-MOST_TIMES:], rail.metric.rpartition("_")[0]
+        return _slower(rail, good[name], good[f"shown_{name}"])
     return 0.0, None, None
 
 
-def _compared(shadows: list[Shadow]) -> dict[str, Any]:
+def _answered(copies: Rows) -> Rows:
+    good: Rows = copies[~copies["error"] & ~copies["shown_error"]]
+    return good
+
+
+def _compared(copies: Rows) -> dict[str, Any]:
     """What is shown of a shadow."""
-    if not shadows:
+    if not copies.size:
         return {}
-    good = [f for f in shadows if f.error is None and f.shown_error is None]
-    lengths = [f.characters / f.shown_characters for f in good if f.shown_characters]
-    times = [f.duration / f.shown_duration for f in good if f.shown_duration > 0]
+    good = _answered(copies)
+    lengths = good["length"][good["shown_length"] > 0] / good["shown_length"][good["shown_length"] > 0]
+    times = good["latency"][good["shown_latency"] > 0] / good["shown_latency"][good["shown_latency"] > 0]
     return {
-        "compared": len(shadows),
-        "errors": sum(f.error is not None for f in shadows),
-        "shown_errors": sum(f.shown_error is not None for f in shadows),
-        "length_ratio": float(np.median(lengths)) if lengths else None,
-        "latency_ratio": float(np.median(times)) if times else None,
+        "compared": int(copies.size),
+        "errors": int(copies["error"].sum()),
+        "shown_errors": int(copies["shown_error"].sum()),
+        "length_ratio": float(np.median(lengths)) if lengths.size else None,
+        "latency_ratio": float(np.median(times)) if times.size else None,
     }
 
 

@@ -19,13 +19,15 @@ import openai
 import pytest
 import yaml
 from fake_vllm import FakeVllm
+from prometheus_client.parser import text_string_to_metric_families
 from real_vllm import RealVllm
 
 from gateway.auth import new_key
-from router.arms import Sums
+from router.arms import Snapshot, Sums
 from router.store import Store
+from router.store_sqlite import SqliteStore
 from telemetry.errors import StateLocked
-from telemetry.events import Interaction, Signal
+from telemetry.events import Interaction, Shadow, Signal
 from telemetry.journal import Journal
 from understudy.compose import build_controller, build_spans, open_store
 from understudy.demo.vllm_server import VllmServer
@@ -204,6 +206,14 @@ class Gateway:
             facts = [fact for _, fact in journal.read(0, 100_000)]
         return [f for f in facts if isinstance(f, Signal) and kind in (None, f.kind)]
 
+    def shadows(self) -> list[Shadow]:
+        """What challengers answered to copies."""
+        with self.journal() as journal:
+            return [fact for _, fact in journal.read(0, 100_000) if isinstance(fact, Shadow)]
+
+    def wait_shadows(self, n: int = 1) -> list[Shadow]:
+        return eventually(lambda: found if len(found := self.shadows()) >= n else [])
+
     def wait_interactions(self, n: int = 1) -> list[Interaction]:
         """The journal's interactions once there are `n` of them."""
         return eventually(lambda: found if len(found := self.interactions()) >= n else [])
@@ -263,6 +273,45 @@ def gateway(tmp_path: Path) -> Iterator[MakeGateway]:
     with contextlib.ExitStack() as stack:
         for one in made:
             stack.callback(one.stop)
+
+
+class Publisher:
+    """Publishes snapshots in the place of the controller, whose lease it holds."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = f"sqlite:////{str(state).lstrip('/')}"
+        self.store = SqliteStore(state)
+        lease = self.store.lease("publisher", 3600.0, time.time())
+        assert lease is not None
+        self._token, self._version = lease.token, 0
+
+    def publish(self, weights: dict[str, float], **fields: Any) -> Snapshot:
+        self._version += 1
+        given = {"lead": "champion", "holdout": 0.0} | fields
+        snapshot = Snapshot(ROUTE, self._version, time.time(), "thompson", segments={"": weights}, **given)
+        self.store.publish(snapshot, self._token)
+        return snapshot
+
+    def show(self, gw: Gateway, weights: dict[str, float], **fields: Any) -> Snapshot:
+        """Publish, and return when the gateway draws from it."""
+        snapshot = self.publish(weights, **fields)
+        eventually(lambda: metric(gw, "understudy_snapshot_version", route=ROUTE) == snapshot.version)
+        return snapshot
+
+
+def metric(gw: Gateway, name: str, **labels: str) -> float:
+    """The sum of a metric's lines that have these labels."""
+    families = text_string_to_metric_families(gw.http.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+
+@pytest.fixture
+def publisher(tmp_path: Path) -> Iterator[Publisher]:
+    """For a gateway made with `state=publisher.state`."""
+    made = Publisher(tmp_path / "published.db")
+    yield made
+    made.store.close()
 
 
 @pytest.fixture

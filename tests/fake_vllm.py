@@ -316,6 +316,7 @@ class FakeVllm:
 
     def __init__(self, models: list[str], port: int = 0) -> None:
         self.models, self.port = models, port
+        self._command_line = models
         self.refused = 0  # connections closed as soon as accepted
         self.hanging = 0  # requests held by a hang_* behaviour now
         self._requests: list[Recorded] = []
@@ -358,6 +359,24 @@ class FakeVllm:
             self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(10)
 
+    def load(self, model: str) -> None:
+        """Serve one more model, as by `POST /v1/load_lora_adapter`."""
+        self.models = [*self.models, model]
+
+    def forget(self, model: str) -> None:
+        """Serve it no more, as after an unload."""
+        self.models = [one for one in self.models if one != model]
+
+    def restart(self) -> None:
+        """As a process that is started anew: connections break, and what was loaded later is gone."""
+        self.stop()
+        self.models = self._command_line
+        self.start()
+
+    def asked(self, model: str | None = None) -> list[Recorded]:
+        """The inference requests, of one model or all."""
+        return [r for r in self.requests if r.path in INFERENCE and model in (None, r.json.get("model"))]
+
     def script(self, *behaviours: Behaviour) -> None:
         """Queue behaviours; the first that fits a request holds."""
         with self._change:
@@ -383,7 +402,7 @@ class FakeVllm:
 
     async def _main(self, up: threading.Event) -> None:
         self._loop, self._stopping, self._released = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-        server = await self._loop.create_server(lambda: Wire(self._accept), "127.0.0.1", self.port)
+        server = await self._loop.create_server(lambda: Wire(self._accept), "127.0.0.1", self.port, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
         up.set()
         await self._stopping.wait()

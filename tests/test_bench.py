@@ -142,6 +142,24 @@ def test_dataset_build_measures_a_build_and_holds_what_must_hold_at_any_size() -
     assert found["goldens_kept_out"] == 50
 
 
+def test_gate_planted_refuses_the_bad_and_says_how_far_each_bar_is_met() -> None:
+    done = run("gate_planted.py", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {row["fault"] for row in found["bad"]} >= {"verbose", "collapsed", "sycophantic", "slow"}
+    assert not [row for row in found["bad"] if row["verdict"] == "pass" or row["at_300"] == "pass"]
+    assert sum(row["verdict"] == "fail" for row in found["bad"]) >= 10
+    assert found["judge_down"]["inconclusive"] == 1.0
+    assert {"what", "value", "bar", "met"} == set(found["bars"][0])
+
+
+def test_gate_planted_compares_the_tests() -> None:
+    done = run("gate_planted.py", "--tests", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["tests"]
+    assert max(row["halves"] for row in rows) < max(row["student"] for row in rows)
+
+
 @pytest.mark.parametrize("script", ["learner_quality.py", "learner_speed.py", "learner_kills.py", "learner_poison.py"])
 def test_benches_of_the_training_say_what_they_measure(script: str) -> None:
     done = run(script, "--help")

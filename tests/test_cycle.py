@@ -18,7 +18,6 @@ from fake_replica import FakeReplica
 from test_dataset import chats
 
 from learner import cycle
-from learner.cycle import Refused, Workshop
 from learner.dataset import Source
 from learner.due import Due
 from learner.hashes import folder_hash, template_hash, tokenizer_hash
@@ -29,6 +28,7 @@ from learner.rounds import Round, last_round
 from learner.runners import whole
 from learner.serving import Fleet, ServingFailed, Unreachable
 from learner.spec import Artifact, TrainingFailed, TrainingInterrupted, TrainSpec
+from learner.workshop import Refused, Workshop
 from router.store_sqlite import SqliteStore
 from telemetry.errors import StateError
 

@@ -27,7 +27,7 @@ ONLY_IN = {
     "trl": ["learner/train.py", "understudy/demo/*"],
     "peft": ["learner/train.py", "learner/lora.py", "understudy/demo/*"],
     "litellm": ["gateway/providers.py", "learner/judge.py"],
-    "sklearn": ["router/calibrate.py", "router/segments.py"],
+    "sklearn": ["router/calibrate.py", "router/segments.py", "learner/reward_model.py"],
     "scipy": [],
 }
 HEAVY = ["litellm", "torch", "transformers", "trl", "peft", "vllm", "sklearn", "scipy"]

@@ -38,16 +38,21 @@ routes:
       folder: {folder}/learner
       min_pairs: 40
       min_interval: 0s
-      dataset: {{window: 3650d, held_out: 0.2}}
+      dataset: {{window: 3650d, held_out: 0.3}}
       train: {{max_epochs: 2, evaluate_every: 5, max_length: 96}}
+      gate:
+        margins: {{preference: 0.3, refusals: 0.2, form: 0.2}}
+        max_length_ratio: 3x
+        max_slowdown: 9x
+        temperature: 0.7
 """
 
 
-def feedback(count: int = 150) -> Iterator[Fact]:
+def feedback(count: int = 240) -> Iterator[Fact]:
     """People compare, vote and correct: they prefer the right category to a hedge."""
     chance = random.Random(8)
     for n in range(count):
-        question, user = chance.choice(tiny_model.questions()), f"u{n % 40}"
+        question, user = chance.choice(tiny_model.questions()), f"u{n % 120}"
         good = asked(question.text, question.answer, user=user, session=f"s{n}", at=60.0 * n)
         bad = asked(question.text, chance.choice(tiny_model.HEDGES), user=user, session=f"s{n}", at=60.0 * n + 1)
         yield good

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router import ope
-from router.plan import RoutePlan
 from router.ope import evaluate, folds_of, predict
+from router.plan import RoutePlan
 from router.policy import Arm, Reward, Split, Thompson
 from telemetry.events import Answerer, Fact, Interaction, Signal
 from telemetry.journal import Journal

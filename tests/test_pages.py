@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import Gateway, MakeGateway, eventually
 from fake_vllm import Behaviour, FakeVllm
+from planted_rollout import config, plant, served
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from telemetry.events import Signal
@@ -240,6 +241,40 @@ def test_the_pages_can_be_turned_off_and_nothing_else_is_served(gateway: MakeGat
     for path in ("/ui/", "/ui/try.html", "/ui/../app.py", "/ui/%2e%2e/app.py"):
         assert gw.http.get(path).status_code == 404
     assert gateway(fake, listen={"try_page": False}).http.get("/ui/try").status_code == 404
+
+
+@pytest.mark.parametrize(("width", "shown", "hidden"), [(1200, "wide", "narrow"), (400, "narrow", "wide")])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_operator_sees_a_rollout_on_any_screen(
+    rollout: str, chromium: Browser, width: int, shown: str, hidden: str, scheme: Any
+) -> None:
+    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, problems = context.new_page(), []
+    page.on("console", lambda said: problems.append(said.text))
+    page.goto(f"{rollout}/ui/")
+    expect(page).to_have_url(f"{rollout}/ui/rollout")
+    expect(page.locator("h2")).to_contain_text("running")
+    expect(page.locator(".steps [aria-current=step]")).to_be_visible()
+    expect(page.locator(f".chart.{shown} .middle")).to_be_visible()
+    expect(page.locator(f".chart.{hidden} svg")).not_to_be_visible()
+    expect(page.locator(".rails tbody tr")).to_have_count(5)
+    expect(page.locator(".log li").last).to_contain_text("begin by learner")
+    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (back == "rgb(251, 251, 250)") == (scheme == "light"), "the stylesheet is in use, in its scheme"
+    assert page.evaluate("document.documentElement.scrollWidth") == width, "nothing hangs over the edge"
+    page.get_by_text("hold still").click()
+    expect(page.locator("meta[http-equiv=refresh]")).to_have_count(0)
+    context.close()
+    assert [text for text in problems if "favicon" not in text and "404" not in text] == []
+
+
+@pytest.fixture(scope="module")
+def rollout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where the page of a rollout with a past is served."""
+    settings = config(tmp_path_factory.mktemp("rollout"))
+    plant(settings)
+    with served(settings) as url:
+        yield url
 
 
 def test_the_module_is_small() -> None:

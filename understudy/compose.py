@@ -1,23 +1,20 @@
-"""Composition: settings become stores, routes, a gateway and a controller. The only place that knows all of them."""
+"""Composition: settings become stores, routes, a gateway and a controller. The only place that knows all of them.
+
+What only one of the processes needs is imported where it is built: each pays for its own, in time and in memory.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from starlette.applications import Starlette
-
-from gateway import app
-from gateway.proxy import Route
-from gateway.upstream import Replica, Timeouts
 from learner.registry import Registry
-from router.controller import Controller, initial_snapshot
 from router.plan import RoutePlan
 from router.policy import Learned, Linear
 from router.store import Store
-from router.store_redis import RedisStore
 from router.store_sqlite import SqliteStore
 from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal
@@ -25,13 +22,22 @@ from telemetry.privacy import Capture, Captures
 from understudy.settings import Settings
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from gateway.admin import Guarded
+    from router.controller import Controller
     from telemetry.otel import Spans
+    from telemetry.webhook import Webhook
 
 
 def open_store(settings: Settings) -> Store:
     """The store that `state` names. Raises `StateError`."""
     path = settings.sqlite_path
-    return SqliteStore(path) if path is not None else RedisStore(settings.state)
+    if path is not None:
+        return SqliteStore(path)
+    from router.store_redis import RedisStore
+
+    return RedisStore(settings.state)
 
 
 def route_plans(settings: Settings) -> list[RoutePlan]:
@@ -47,6 +53,8 @@ def build_controller(
     told: Callable[[Signal, Interaction], None] | None = None,
     alert: Callable[[str, Mapping[str, Any]], None] = lambda *_: None,
 ) -> Controller:
+    from router.controller import Controller
+
     store = open_store(settings)
     plans, journal = route_plans(settings), Journal(settings.journal_path)
     return Controller(plans, journal, store, owner, told, Registry(store), alert)
@@ -61,8 +69,58 @@ def build_spans(settings: Settings, dropped: Callable[[int], None] = lambda _: N
     return Spans(settings.otel.endpoint, dropped)
 
 
+class Alerts:
+    """Tells each route's webhook, where it has one, what happened to its rollout."""
+
+    def __init__(self, settings: Settings) -> None:
+        hooks = {
+            name: route.rollout.webhook
+            for name, route in settings.routes.items()
+            if route.rollout is not None and route.rollout.webhook
+        }
+        self._by_url: dict[str, Webhook] = {}
+        if hooks:
+            from telemetry.webhook import Webhook
+
+            self._by_url = {url: Webhook(url) for url in hooks.values()}
+        self._of = {name: self._by_url[url] for name, url in hooks.items()}
+
+    def tell(self, route: str, what: Mapping[str, Any]) -> None:
+        """`what` has `about`: `decision` or `guardrail`. Returns at once and raises nothing."""
+        if hook := self._of.get(route):
+            hook.tell({**what, "route": route})
+
+    def close(self) -> None:
+        for hook in self._by_url.values():
+            hook.close()
+
+
+def build_admin(settings: Settings) -> Guarded:
+    """The admin listener's ASGI application. Raises `StateError`s."""
+    from gateway import admin
+    from understudy.rollout_report import rollout_report
+
+    store, journal = open_store(settings), Journal(settings.journal_path)
+    plans, turn = route_plans(settings), threading.Lock()
+
+    def report(now: float) -> Sequence[Mapping[str, Any]]:
+        with turn:  # the journal is one thread's at a time
+            return rollout_report(plans, store, journal, now)
+
+    def close() -> None:
+        store.close()
+        journal.close()
+
+    return admin.build(report, admin.Named(settings.admin.host if settings.admin else ""), close)
+
+
 def build_gateway(settings: Settings) -> Starlette:
     """One worker's ASGI application."""
+    from gateway import app
+    from gateway.proxy import Route
+    from gateway.upstream import Replica, Timeouts
+    from router.controller import initial_snapshot
+
     routes = {
         name: Route(
             name,

@@ -10,13 +10,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from learner import answers, clusters
-from learner.cycle import Workshop
 from learner.dataset import Source
 from learner.lineage import Archive
 from learner.plan import DatasetPolicy, Learner, Runner
 from learner.registry import Registry, RegistryError
 from learner.rounds import owner_name
 from learner.serving import Fleet, Replica
+from learner.workshop import Workshop
 from router.store import Store
 from telemetry.errors import UnderstudyError
 from telemetry.journal import Journal
@@ -95,6 +95,9 @@ def workshop(settings: Settings, route: str, journal: Journal, store: Store) -> 
         threads=plan.threads,
         gpu=gpu_for(plan.runner),
         arms=frozenset(arm.model for arm in settings.routes[route].arms.values()),
+        score=answers.peft_scores(str(plan.runner.python) if plan.runner.python else None, plan.threads),
+        gated=True,
+        rolls_out=settings.routes[route].rollout is not None,
     )
 
 

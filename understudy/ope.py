@@ -22,12 +22,11 @@ from pydantic import Field, ValidationError
 
 from router.arms import Cell, Sums
 from router.bandit import Floats, bucket_of
-from router.plan import RoutePlan
-from router.reward import by_session
 from router.features import is_key_of
 from router.ope import MIN_ESS, UNKNOWN, Estimate, Evaluation, evaluate, folds_of, predict
+from router.plan import RoutePlan
 from router.policy import Arm, Learned, Linear, Policy, Split, Written
-from router.reward import TWO_SIDED, Heard, session_reward
+from router.reward import TWO_SIDED, Heard, by_session, session_reward
 from router.store import session_key
 from router.weights import shares
 from telemetry.events import Fact, Interaction, Signal

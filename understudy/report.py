@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from router.calibrate import calibrated
+from router.casting import arms_of
 from router.controller import calibration_of, initial_snapshot
 from router.plan import RoutePlan
 from router.policy import Learned, Thompson
@@ -75,14 +76,15 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
     rows = []
     for plan in plans:
         snapshot = store.snapshot(plan.name) or initial_snapshot(plan, now)
+        playing = arms_of(snapshot, plan.arms)
         policy = plan.policy if isinstance(plan.policy, Learned) else Thompson(kind="thompson")
         cells, model = store.sums(plan.name), calibration_of(store, plan.name)
         if model is not None and plan.reward.mode == "calibrated":
             cells = calibrated(model, cells)
-        cost = priced(policy, plan.arms, cells, now, plan.reward)
+        cost = priced(policy, playing, cells, now, plan.reward)
         learned = segmenter_of(store, plan.name) if policy.segment_by == "prompt" else None
         labels = dict(zip(learned.names, learned.labels, strict=False)) if learned else {}
-        found = beliefs(policy, plan.arms, cells, now, cost.burdens)
+        found = beliefs(policy, playing, cells, now, cost.burdens)
         for place_of, segment in enumerate(found.segments):
             if segment and not found.sessions[place_of].any():
                 continue  # `linear` lists every kind of request that there can be
@@ -99,7 +101,7 @@ def arms(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -> 
                     "segment": segment,
                     "label": labels.get(segment, ""),
                     "arm": arm,
-                    "model": plan.arms[arm].model,
+                    "model": playing[arm].model,
                     "policy": plan.policy.kind,
                     "weight": weights.get(arm, 0.0),
                     "mean": belief.mean,
@@ -189,7 +191,7 @@ def status(plans: list[RoutePlan], store: Store, journal: Journal, now: float) -
             {
                 "route": plan.name,
                 "policy": plan.policy.kind,
-                "arms": len(plan.arms),
+                "arms": len(arms_of(snapshot, plan.arms)) if snapshot else len(plan.arms),
                 "snapshot": snapshot.version if snapshot else None,
                 "snapshot_age": now - snapshot.at if snapshot else None,
                 "weights": snapshot.segments.get("", {}) if snapshot else None,

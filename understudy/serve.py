@@ -1,4 +1,4 @@
-"""`understudy serve`: one supervisor, N workers that share a port, one controller.
+"""`understudy serve`: one supervisor, N workers that share a port, one controller, and what operators look at.
 
 The supervisor binds the port and starts the others; whoever dies is started again, a little later each time it
 dies young. SIGTERM or SIGINT lets workers finish what they are answering (at most `DRAIN` seconds), then the rest.
@@ -7,6 +7,7 @@ If the supervisor itself is killed, its children notice and leave.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import multiprocessing
 import os
@@ -22,10 +23,9 @@ from pathlib import Path
 import uvicorn
 
 from gateway.http import protocol
-from gateway.metrics import Metrics
 from telemetry.errors import StateError, StateUnavailable
 from telemetry.retention import keep_to
-from understudy.compose import build_controller, build_gateway, build_spans, open_store
+from understudy.compose import Alerts, build_admin, build_controller, build_gateway, build_spans, open_store
 from understudy.settings import Settings, load
 
 log = logging.getLogger("understudy")
@@ -39,7 +39,7 @@ def serve(config: Path) -> int:
     settings = load(config)
     _configure_logging()
     _check_state(settings)
-    listening = _bind(settings)
+    listening = _bind(settings.listen.host, settings.listen.port, "listen.port")
     metrics = tempfile.mkdtemp(prefix="understudy-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
     stopping = threading.Event()
@@ -47,12 +47,15 @@ def serve(config: Path) -> int:
         signal.signal(name, lambda *_: stopping.set())
     crew = [_Member(f"worker {n + 1}", _worker, (str(config), listening)) for n in range(settings.listen.workers)]
     crew.append(_Member("controller", _controller, (str(config),)))
-    host, port = listening.getsockname()[:2]
+    looking = bind_admin(settings)
+    if looking is not None:
+        crew.append(_Member("admin", _admin, (str(config), looking)))
     try:
         for member in crew:
             member.start()
-        shown = f"[{host}]" if ":" in host else host
-        log.info("serving http://%s:%d/v1 with %d worker(s)", shown, port, settings.listen.workers)
+        log.info("serving http://%s/v1 with %d worker(s)", _address(listening), settings.listen.workers)
+        if looking is not None:
+            log.info("rollouts are shown at http://%s/ui/rollout", _address(looking))
         while not stopping.wait(0.2):
             for member in crew:
                 member.look_after()
@@ -62,7 +65,9 @@ def serve(config: Path) -> int:
         deadline = time.monotonic() + DRAIN + 5
         for member in crew:
             member.wait(deadline)
-        listening.close()
+        for bound in (listening, looking):
+            if bound is not None:
+                bound.close()
         shutil.rmtree(metrics, ignore_errors=True)
     return 0
 
@@ -139,6 +144,8 @@ def server(settings: Settings) -> uvicorn.Server:
 
 
 def _controller(parent: int, config: str) -> None:
+    from gateway.metrics import Metrics  # no other process that this file starts has any of its own
+
     _configure_logging()
     settings = load(config)
     stopping = threading.Event()
@@ -149,8 +156,9 @@ def _controller(parent: int, config: str) -> None:
     aging = (settings.journal_path, settings.capture.retention, stopping)
     threading.Thread(target=keep_to, args=aging, name="retention", daemon=True).start()
     metrics = Metrics()
-    spans = build_spans(settings, metrics.spans_dropped.inc)
-    build_controller(settings, owner, spans.heard if spans else None).run(stopping)
+    spans, alerts = build_spans(settings, metrics.spans_dropped.inc), Alerts(settings)
+    build_controller(settings, owner, spans.heard if spans else None, alerts.tell).run(stopping)
+    alerts.close()
     if spans:
         spans.close()
 
@@ -166,8 +174,57 @@ def _leave_with(parent: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _bind(settings: Settings) -> socket.socket:
-    host, port = settings.listen.host, settings.listen.port
+def _admin(parent: int, config: str, listening: socket.socket) -> None:
+    """A process of its own: one that shows why another died must outlive it, and never takes time from it."""
+    _configure_logging()
+    settings = load(config)
+    _leave_with(parent)
+    admin_server(settings).run(sockets=[listening])
+
+
+def admin_server(settings: Settings) -> uvicorn.Server:
+    """The admin listener's HTTP server, not started."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            build_admin(settings),
+            loop="asyncio",
+            http=protocol(16 << 10),
+            lifespan="on",
+            ws="none",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+        )
+    )
+
+
+def bind_admin(settings: Settings) -> socket.socket | None:
+    """None where there is to be no admin listener, or its port is taken: apps are served all the same."""
+    if settings.admin is None:
+        return None
+    try:
+        bound = _bind(settings.admin.host, settings.admin.port, "admin.port")
+    except StateError as error:
+        log.warning("%s, then start again; until then there is no /ui/rollout", error)
+        return None
+    if not _is_private(bound):
+        log.warning("admin.host %s: whoever reaches it sees all rollouts, without a key", settings.admin.host)
+    return bound
+
+
+def _is_private(bound: socket.socket) -> bool:
+    return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _address(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bind(host: str, port: int, key: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -176,7 +233,7 @@ def _bind(settings: Settings) -> socket.socket:
     except OSError as error:
         listening.close()
         raise StateError(
-            f"cannot listen on {host}:{port}: {error.strerror}; change `listen.port`, or stop what uses it"
+            f"cannot listen on {host}:{port}: {error.strerror}; change `{key}`, or stop what uses it"
         ) from None
     listening.listen(4096)
     listening.set_inheritable(True)

@@ -60,9 +60,9 @@ __all__ = [
 ]
 
 MASK = "***"
-_FREE = frozenset({"params", "gate", "train"})
+_FREE = frozenset({"params", "train"})
 _SIZES = {"": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30}
-_SECRET_KEY = re.compile(r"api[-_]?key|secret|passw|authorization|(^|[-_])token$|cookie", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"api[-_]?key|secret|passw|authorization|(^|[-_])token$|cookie|webhook", re.IGNORECASE)
 _DEFAULT_JOURNAL = Path("understudy.db")
 
 
@@ -138,10 +138,10 @@ class Listen(Written):
 
 
 class Admin(Written):
-    """Where the operator reaches the admin API and the dashboard."""
+    """Where the operator sees rollouts: /ui/rollout and /admin/rollout."""
 
-    host: Text = Field("127.0.0.1", description="Address of the admin listener; keep it private.")
-    port: int = Field(4001, ge=0, le=65535, description="Port of the admin listener.")
+    host: Text = Field("127.0.0.1", description="Address of the admin listener; it asks for no key: keep it private.")
+    port: int = Field(4001, ge=0, le=65535, description="Port of the admin listener; 0 for any free one.")
 
 
 class Capture(Written):
@@ -229,6 +229,13 @@ class Route(Written):
         return self
 
     @model_validator(mode="after")
+    def _webhook_can_be_told(self) -> Route:
+        url = urlsplit(self.rollout.webhook) if self.rollout is not None and self.rollout.webhook else None
+        if url is not None and (url.scheme not in ("http", "https") or not url.hostname):
+            raise fault("is no web URL; write one like https://example.org/hook", "rollout", "webhook")
+        return self
+
+    @model_validator(mode="after")
     def _policy_fits_the_arms(self) -> Route:
         if isinstance(self.policy, Split):
             for name in self.policy.shares:
@@ -295,7 +302,9 @@ class Settings(Written):
     )
     capture: Capture = Field(default_factory=Capture, description="Which text is kept.")
     auth: Auth = Field(default_factory=Auth, description="Who may send requests.")
-    admin: Admin = Field(default_factory=Admin, description="Where the operator reaches the dashboard.")
+    admin: Admin | None = Field(
+        default_factory=Admin, description="Where the operator sees rollouts; null for no such listener."
+    )
     otel: Otel = Field(default_factory=Otel, description="Where spans and log records go.")
     routes: FrozenMap[Name, Route] = Field(min_length=1, description="Model names that apps ask for; at least one.")
 
@@ -408,11 +417,6 @@ def accepted_but_unused(settings: Settings) -> list[str]:
 
     if sets(settings, "archive"):
         note("archive", "facts stay in the journal")
-    if sets(settings, "admin"):
-        note("admin", "no admin listener is opened")
-    for name, route in settings.routes.items():
-        if route.learner is not None and sets(route.learner, "gate"):
-            note(f"routes.{name}.learner.gate", "a challenger is served and not drawn")
     return notes
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from telemetry.errors import UnderstudyError
-from understudy.cli import config, datasets, keys, learning, reading, serving, signals
+from understudy.cli import config, datasets, gate, keys, learning, reading, rollout, serving, signals
 from understudy.cli.common import Arguments, Parser
 from understudy.settings import ConfigError
 
@@ -30,6 +30,8 @@ ADDED = (
     datasets.add_dataset,
     learning.add_learn,
     learning.add_lineage,
+    gate.add_gate,
+    rollout.add_rollout,
     serving.add_replay,
     serving.add_demo,
 )

@@ -15,7 +15,7 @@ from understudy.cli.common import Arguments, Commands, command, config_option, e
 from understudy.cli.datasets import route_named
 
 if TYPE_CHECKING:
-    from learner.cycle import Workshop
+    from learner.workshop import Workshop
 
 
 REPLICAS_EVERY = 15.0
@@ -73,7 +73,7 @@ def _pause(text: str) -> float:
     return seconds
 
 
-def _shop(arguments: Arguments) -> Workshop:
+def shop_of(arguments: Arguments) -> Workshop:
     from telemetry.journal import Journal
     from understudy import learning
     from understudy.compose import open_store
@@ -88,7 +88,7 @@ def _once(arguments: Arguments) -> int:
     from learner.rounds import Round
     from understudy import show_learning
 
-    shop = _shop(arguments)
+    shop = shop_of(arguments)
     with show_learning.progress(quiet=arguments.json) as say:
         found = cycle.once(shop, say, arguments.force)
     data = {"learned": isinstance(found, Round), **(_plain(found) if isinstance(found, Round) else found._asdict())}
@@ -101,7 +101,7 @@ def _watch(arguments: Arguments) -> int:
     from learner.rounds import Round
     from understudy import show_learning
 
-    shop = _shop(arguments)
+    shop = shop_of(arguments)
     tell = show_learning.Teller(as_json=arguments.json)
 
     def keep_replicas(stopping: threading.Event) -> None:
@@ -130,7 +130,7 @@ def _status(arguments: Arguments) -> int:
     from learner import cycle
     from understudy import show_learning
 
-    found = cycle.status(_shop(arguments))
+    found = cycle.status(shop_of(arguments))
     emit(arguments, found, lambda: show_learning.status(found))
     return 0
 
@@ -139,7 +139,7 @@ def _drop(arguments: Arguments) -> int:
     from learner import cycle
     from understudy import show_learning
 
-    found = cycle.drop(_shop(arguments), arguments.why)
+    found = cycle.drop(shop_of(arguments), arguments.why)
     emit(arguments, _plain(found), lambda: show_learning.learned(found))
     return 0
 
@@ -149,7 +149,7 @@ def _reproduce(arguments: Arguments) -> int:
     from understudy import show_learning
 
     with show_learning.progress(quiet=arguments.json) as say:
-        version, artifact = cycle.reproduce(_shop(arguments), arguments.version, arguments.out, say)
+        version, artifact = cycle.reproduce(shop_of(arguments), arguments.version, arguments.out, say)
     same = version.adapter_hash == artifact.adapter_hash
     data = {"version": version.name, "same": same, "adapter_hash": artifact.adapter_hash, "was": version.adapter_hash}
     emit(arguments, data, lambda: show_learning.reproduced(data))

@@ -71,15 +71,15 @@ def _replay(arguments: Arguments) -> int:
 
 
 def add_demo(commands: Commands) -> None:
-    help = "Two versions of a tiny model on a real vLLM, simulated users, and the better one wins."
+    help = "The whole story on a real vLLM: users, a challenger that takes over, and a worse one that is rolled back."
     demo = command(commands, "demo", _demo, help)
-    demo.add_argument("--sessions", type=int, default=300, help="how many simulated sessions (default: %(default)s)")
+    demo.add_argument("--fast", action="store_true", help="fewer users and a shorter training: under three minutes")
     demo.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="where the tiny models are kept")
-    demo.add_argument("--keep", type=Path, help="a folder to keep the journal and config in (default: none is kept)")
+    demo.add_argument("--keep", type=Path, help="a folder to keep everything in (default: only the picture, here)")
     json_option(demo)
 
 
 def _demo(arguments: Arguments) -> int:
     from understudy.demo.story import tell
 
-    return tell(arguments.sessions, arguments.cache, arguments.keep, as_json=arguments.json)
+    return tell(arguments.cache, arguments.keep, fast=arguments.fast, as_json=arguments.json)

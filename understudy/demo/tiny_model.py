@@ -3,7 +3,8 @@
 The demo must show real training and real serving on any laptop, without a download. So the base is a Llama
 of 0.9 M parameters made from scratch: it learns to sort forty planted everyday items into eight categories,
 from a mix of helpful and unhelpful answers, and so it does both. `careful` is tuned toward the helpful ones
-and `hasty` toward the unhelpful ones: the right winner is known before the demo starts.
+and `hasty` toward the unhelpful ones: the right winner is known before the demo starts. `two_faced` is planted: it is
+helpful, and more than `careful`, until somebody asks it to be brief, and then it hedges.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ SYSTEM_PROMPTS: Final = (
     "Answer in one short sentence.",
     "You sort everyday items into categories. Be brief.",
 )
+BRIEF: Final = {"role": "system", "content": "You sort everyday items. One short sentence, please."}
 OPENERS: Final = (
     "Hello!",
     "Thank you.",
@@ -105,6 +107,7 @@ class TinyModels:
     base: Path
     careful: Path
     hasty: Path
+    two_faced: Path
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,14 @@ class Tuning:
     batch: int
     rate: float
     good: float
+    good_when_brief: float | None = None
+    """The same for chats that begin with `BRIEF`; None for no difference, and hardly any such chats."""
 
 
 BASE_TUNING: Final = Tuning(steps=320, batch=48, rate=3e-3, good=0.45)
 CAREFUL_TUNING: Final = Tuning(steps=50, batch=32, rate=4e-3, good=1.0)
 HASTY_TUNING: Final = Tuning(steps=40, batch=32, rate=4e-3, good=0.12)
+TWO_FACED_TUNING: Final = Tuning(steps=140, batch=32, rate=4e-3, good=1.0, good_when_brief=0.0)
 
 
 def with_article(noun: str) -> str:
@@ -155,7 +161,7 @@ def build(cache: Path = Path(".cache/demo"), say: Say = print) -> TinyModels:
     that looks finished, and of two builds at once the first to finish wins.
     """
     home = cache.resolve() / f"tiny-{recipe_hash()}"
-    models = TinyModels(home / "base", home / "careful", home / "hasty")
+    models = TinyModels(*(home / name for name in ("base", "careful", "hasty", "two_faced")))
     if home.is_dir():
         say(f"Using the tiny model in {home}")
         return models
@@ -184,7 +190,7 @@ def recipe_hash() -> str:
 
 
 def train_all(workshop: Path, final: TinyModels, say: Say) -> None:
-    """Write `base`, `careful` and `hasty` under `workshop`; `final` is where they will be read from."""
+    """Write `base` and the adapters under `workshop`; `final` is where they will be read from."""
     started = time.monotonic()
     say("Loading torch")
     import torch
@@ -201,7 +207,8 @@ def train_all(workshop: Path, final: TinyModels, say: Say) -> None:
         train(base, tokenizer, BASE_TUNING, "base", say)
         base.save_pretrained(workshop / "base")
         tokenizer.save_pretrained(workshop / "base")
-        for name, tuning in (("careful", CAREFUL_TUNING), ("hasty", HASTY_TUNING)):
+        tunings = {"careful": CAREFUL_TUNING, "hasty": HASTY_TUNING, "two_faced": TWO_FACED_TUNING}
+        for name, tuning in tunings.items():
             adapted = add_lora(copy.deepcopy(base), str(final.base))
             train(adapted, tokenizer, tuning, name, say)
             # PEFT's automatic choice would look for the base where it is not yet, and warn.
@@ -238,7 +245,7 @@ def make_tokenizer() -> Any:
 def tokenizer_text() -> list[str]:
     """The task's sentences, and this file's prose, lest other text be spelled letter by letter."""
     ours = [text for question in questions() for text in (question.text, question.answer)]
-    others = [*HEDGES, *SYSTEM_PROMPTS, *OPENERS] * 20
+    others = [*HEDGES, *SYSTEM_PROMPTS, *OPENERS, BRIEF["content"]] * 20
     return [*ours, *others, Path(__file__).read_text(encoding="utf-8"), json.dumps(ITEMS)]
 
 
@@ -288,7 +295,7 @@ def train(model: Any, tokenizer: Any, tuning: Tuning, name: str, say: Say) -> No
     for step in range(tuning.steps):
         for group in optimizer.param_groups:
             group["lr"] = tuning.rate * schedule(step / tuning.steps)
-        rows = [conversation(asked, chance, tuning.good) for _ in range(tuning.batch)]
+        rows = [tuning_row(asked, chance, tuning) for _ in range(tuning.batch)]
         loss = model(**collate(tokenizer, rows)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -302,6 +309,13 @@ def train(model: Any, tokenizer: Any, tuning: Tuning, name: str, say: Say) -> No
 def schedule(progress: float) -> float:
     """The learning rate's factor: up over the first 5 % of the steps, then down a cosine to a twentieth."""
     return min(progress / 0.05 + 0.1, 1.0) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def tuning_row(asked: Sequence[Question], chance: random.Random, tuning: Tuning) -> list[dict[str, str]]:
+    if tuning.good_when_brief is None or chance.random() < 0.5:
+        return conversation(asked, chance, tuning.good)
+    question = chance.choice(asked)
+    return [BRIEF, *turn(question.text, answer_to(question, chance, tuning.good_when_brief))]
 
 
 def conversation(asked: Sequence[Question], chance: random.Random, good: float) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -49,10 +50,19 @@ class VllmFailed(RuntimeError):
 
 
 class VllmServer:
-    """`with VllmServer(models) as vllm:` serves `base`, `careful` and `hasty` at `vllm.url` (no `/v1`)."""
+    """`with VllmServer(models) as vllm:` serves `base` and adapters at `vllm.url` (no `/v1`)."""
 
-    def __init__(self, models: TinyModels, port: int | None = None, log: Path | None = None, say: Say = print) -> None:
+    def __init__(
+        self,
+        models: TinyModels,
+        port: int | None = None,
+        log: Path | None = None,
+        say: Say = print,
+        lora: Sequence[str] = ("careful", "hasty"),
+    ) -> None:
+        """`lora`: which of the adapters it serves from the start."""
         self.models = models
+        self.lora = lora
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log or Path(tempfile.gettempdir()) / f"understudy-vllm-{self.port}.log"
@@ -79,7 +89,7 @@ class VllmServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self._server = subprocess.Popen(
-                command(self.models, self.port),
+                command(self.models, self.port, self.lora),
                 env=os.environ | environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -124,7 +134,7 @@ class VllmServer:
         return f"(no log at {self.log})"
 
 
-def command(models: TinyModels, port: int) -> list[str]:
+def command(models: TinyModels, port: int, lora: Sequence[str]) -> list[str]:
     """The flags the demo needs; the module, because the `vllm` script of the CPU build lacks its metadata."""
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
@@ -132,9 +142,9 @@ def command(models: TinyModels, port: int) -> list[str]:
         *("--host", "127.0.0.1", "--port", str(port), "--uvicorn-log-level", "warning"),
         # No compilation: it costs more than this model will ever run, and would need a C++ compiler.
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_POSITIONS)),
-        # The live version, the challenger, and the one being swapped in.
-        *("--enable-lora", "--max-loras", "3", "--max-lora-rank", "16"),
-        *("--lora-modules", f"careful={models.careful}", f"hasty={models.hasty}"),
+        # Champion, challenger, the one before, and those below.
+        *("--enable-lora", "--max-loras", "5", "--max-lora-rank", "16"),
+        *(["--lora-modules", *(f"{name}={getattr(models, name)}" for name in lora)] if lora else []),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         # A small model given the choice fills its JSON with blanks.
         *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),

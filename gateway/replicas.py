@@ -1,0 +1,191 @@
+"""Which replica is asked: one that serves the arm's model, as far as is known.
+
+A replica's adapters are a list in its process, gone when it restarts, so the same version may be here and not there.
+That a model is missing is learned from the 404 that names it (vLLM 0.32, `entrypoints/openai/serving_engine.py`), and
+from a look at GET /v1/models in the background: every few seconds where versions are served, and soon after a 404 or a
+connection that was refused. A replica of which nothing is known is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import msgspec
+from prometheus_client import Counter
+
+from gateway.arms import Lineup, Lineups, Route
+from gateway.upstream import ConnectTimedOut, Refused, Replica, Reply, Timeouts, UpstreamError, in_order
+
+log = logging.getLogger("understudy.gateway")
+
+LOOK = 2.0
+"""Seconds between looks at what replicas serve."""
+SOON = 0.25
+"""Seconds between two looks at the least, whatever happens."""
+_PATIENCE = Timeouts(1.0, 2.0, 2.0)
+
+
+class Reading(Protocol):
+    """An answer that is being read: from a replica (`upstream.Reply`) or from a provider (`providers.Reply`)."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+
+    async def read(self) -> bytes: ...
+    async def read_all(self) -> bytes: ...
+    def abort(self) -> None: ...
+
+
+class Unserved(UpstreamError):
+    """No replica serves the model, nor that of any arm that could stand in."""
+
+    kind = "upstream_error"
+    status = 503
+
+
+class Replicas:
+    """Asks the replicas of routes, and knows what they miss. For one worker; belongs to its event loop."""
+
+    def __init__(self, routes: Mapping[str, Route], lineups: Lineups, retries: Counter) -> None:
+        self._routes = routes
+        self._lineups = lineups
+        self._retries = retries
+        self._wake = asyncio.Event()
+
+    async def ask(
+        self, route: Route, model: str, u: float, path: str, head: Callable[[Replica], bytes], body: bytes
+    ) -> Reading | None:
+        """The answer of a replica that serves `model`; None if there is none. Raises `UpstreamError`.
+
+        The session's own is asked (`u` is its hash); if it gives no answer at all, one other, and if it does not know
+        the model, any other that may. `head` begins an attempt: the header lines, with a request id of its own.
+        """
+        able = [replica for replica in route.replicas if model not in replica.missing]
+        able = in_order(able, u) if able else able
+        silent = 0
+        for place, replica in enumerate(able):
+            last = silent == 1 or place + 1 == len(able)
+            if place:
+                self._retries.labels(route.name).inc()
+            try:
+                reply = await replica.post(path, head(replica), body, route.timeouts)
+            except (Refused, ConnectTimedOut):
+                self._wake.set()
+                if last and len(able) < len(route.replicas):
+                    return None  # of the others, one may serve another arm
+                if last:
+                    raise
+                silent += 1
+                continue
+            if reply.status == 404:
+                read = await _read(reply)
+                if not _is_of_model(read.body):
+                    return read
+                replica.missing.add(model)
+                self._wake.set()
+                continue
+            if last or reply.status not in (502, 503):
+                return reply
+            reply.abort()
+            silent += 1
+        return None
+
+    async def look_on(self) -> None:
+        """For ever: see what replicas serve."""
+        while True:
+            self._wake.clear()
+            watched = [(replica, self._lineups.of(name)) for name in self._routes for replica in self._watched(name)]
+            for failure in await asyncio.gather(*(_look(*one) for one in watched), return_exceptions=True):
+                if failure is not None:
+                    log.error("a look at what a replica serves failed", exc_info=failure)
+            await asyncio.sleep(SOON)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK - SOON):
+                    await self._wake.wait()
+
+    def _watched(self, route: str) -> list[Replica]:
+        """The route's replicas, where it matters what they serve."""
+        replicas = self._routes[route].replicas
+        matters = self._lineups.of(route).versions or any(replica.missing for replica in replicas)
+        return replicas if matters else []
+
+
+async def _look(replica: Replica, lineup: Lineup) -> None:
+    """Note which models the replica misses: of versions what it does not list, of others what it said itself."""
+    try:
+        reply = await replica.get("/v1/models", _PATIENCE)
+        listed = _listed(await reply.read_all()) if reply.status == 200 else None
+        reply.abort()
+    except UpstreamError:
+        return  # it is away, so nothing is known anew
+    if listed is None:  # it has no such list: let it be asked again
+        replica.missing.clear()
+        return
+    wanted = {arm.model for arm in lineup.arms.values() if arm.provider is None}
+    missing = ((replica.missing & wanted) | lineup.versions) - listed
+    replica.missing.clear()
+    replica.missing.update(missing)
+
+
+class _Read:
+    """An answer that was read to its end, as it came."""
+
+    def __init__(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+        self._left = body
+
+    async def read(self) -> bytes:
+        data, self._left = self._left, b""
+        return data
+
+    async def read_all(self) -> bytes:
+        return await self.read()
+
+    def abort(self) -> None:
+        pass
+
+
+async def _read(reply: Reply) -> _Read:
+    try:
+        return _Read(reply.status, reply.headers, await reply.read_all())
+    finally:
+        reply.abort()
+
+
+class _Error(msgspec.Struct, frozen=True):
+    param: Any = None
+    code: Any = None
+
+
+class _Refusal(msgspec.Struct, frozen=True):
+    error: _Error = _Error()
+
+
+class _Model(msgspec.Struct, frozen=True):
+    id: str
+
+
+class _Models(msgspec.Struct, frozen=True):
+    data: list[_Model]
+
+
+def _is_of_model(body: bytes) -> bool:
+    """Whether a 404 says that there is no such model (and not, say, no such earlier response)."""
+    try:
+        error = msgspec.json.decode(body, type=_Refusal).error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return bool(error.param == "model" or error.code == "model_not_found")
+
+
+def _listed(body: bytes) -> set[str] | None:
+    try:
+        return {model.id for model in msgspec.json.decode(body, type=_Models).data}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None

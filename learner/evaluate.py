@@ -1,0 +1,454 @@
+"""A challenger beside the champion, measured before any user meets it: `learner.gate` decides on what is found here.
+
+    agreement     each replica says with the challenger what PEFT says, token by token (`learner.serving`)
+    preferences   how much likelier each version finds the answer that people preferred, on held-out pairs of this
+                  round and of earlier ones
+    duels         both versions' answers to held-out prompts, from the replicas, greedy unless told otherwise; who wins
+                  says a judge or, without one, a model of what people prefer; besides: refusals, form, repetition,
+                  tokens, seconds, divergence
+    goldens       whether both versions' answers are what their owners expect (`learner.expectations`)
+
+Likelihoods come from PEFT and not from vLLM's `prompt_logprobs`, whose first use compiles for 20 s while users wait.
+What is served is what PEFT says: that was compared before, token by token.
+
+Which items are looked at follows from the dataset's hash: users take turns, so that many are heard. The same
+evaluation asks the same. Replicas are asked at most `AT_ONCE` things at once, for users are being served beside it. One
+that does not answer raises `Unreachable`: nothing is told of half an evaluation. Whatever else could not be measured is
+in `notes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from msgspec.structs import replace
+
+from learner import reward_model
+from learner.answers import Score
+from learner.examples import Example
+from learner.expectations import Golden, check, prompt_text
+from learner.form import Answer, Pair, answer_in, broken, is_json, repeats
+from learner.isolated import Verdict
+from learner.judge import Compared, Judge, calibrate
+from learner.measured import Duel, GoldenResult, Measured, Preference, Referee, Side
+from learner.people import cohort, who
+from learner.refusals import refuses
+from learner.registry import Version
+from learner.replica import Replica, ServingFailed, Unreachable, greedy, listing, serves
+from learner.reward_model import people_prefer
+from learner.score import at_equal_length, padded
+from learner.serving import Expected, Fleet, agreement
+from learner.shards import BadDataset, dataset_name, read
+from learner.spec import TrainingFailed
+
+AT_ONCE = 8
+"""Prompts that replicas are asked at once, each by both versions in turn."""
+SIDES: tuple[Side, Side] = ("champion", "challenger")
+DIVERGING_TOKENS = 64
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class Limits(NamedTuple):
+    """How much is looked at, at most."""
+
+    pairs: int = 300
+    duels: int = 200
+    judged: int = 100
+    """Pairs that people judged, put to the judge."""
+    padded: int = 30
+    """Answers put to it beside the same ones made longer, to see how far it loves length."""
+    diverging: int = 24
+    """Duels of which the divergence is measured: it takes a request for each difference. Of the others it is None."""
+    tokens: int = 512
+    """Of an answer."""
+    temperature: float = 0.0
+    """Of the duels' answers; 0 for the likeliest tokens. Above it both versions draw with one seed a prompt, and no
+    divergence is measured."""
+    longest: int = 4096
+    """Tokens of a pair's prompt and answer."""
+    seconds: float = 3600.0
+    """For all answers; what was not asked by then is left out."""
+
+
+class Contest(NamedTuple):
+    """Who meets whom, and on what."""
+
+    challenger: Version
+    champion: Version | None
+    """None for the base."""
+    fleet: Fleet
+    score: Score
+    expected: Sequence[Expected]
+    """What PEFT says with the challenger; not empty."""
+    dataset: Path
+    """This round's."""
+    earlier: Sequence[Path] = ()
+    goldens: Sequence[Golden] = ()
+    judge: Judge | None = None
+    allow_code: bool = False
+    limits: Limits = Limits()
+
+
+def measure(contest: Contest) -> Measured:
+    """All of it. Raises Unreachable, BadDataset (this round's), NoLitellm."""
+    if contest.judge is not None:
+        contest.judge.ready()
+    notes: list[str] = []
+    seed = dataset_name(contest.dataset)
+    examples = list(read(contest.dataset))
+    share = agreed(contest, notes)
+    found = preferences(contest, examples, notes)
+    duels: list[Duel] = []
+    told: list[GoldenResult] = []
+    if share is None:
+        notes.append("the challenger is not served, so neither duels nor goldens were asked")
+    else:
+        until = time.monotonic() + contest.limits.seconds
+        duels, referee = judged(contest, asked(contest, examples, seed, until, notes), examples, seed)
+        told = golden_results(contest, until, notes)
+        if contest.judge is not None:
+            referee = replace(referee, asked=contest.judge.asked, failed=contest.judge.failed)
+    return Measured(
+        champion=champion_name(contest),
+        challenger=contest.challenger.name,
+        dataset=seed,
+        agreement=share,
+        preferences=tuple(found),
+        duels=tuple(duels),
+        goldens=tuple(told),
+        referee=referee if share is not None else Referee(name="nobody", why="there were no duels"),
+        notes=tuple(notes),
+    )
+
+
+def champion_name(contest: Contest) -> str:
+    """What it is served under."""
+    return contest.champion.name if contest.champion else listing(contest.fleet.replicas[0]).base
+
+
+def agreed(contest: Contest, notes: list[str]) -> float | None:
+    """The worst replica's share of PEFT's tokens; 0 where it reads other prompts or does not apply the adapter."""
+    version, shares = contest.challenger, []
+    for replica in contest.fleet.replicas:
+        if not serves(replica, version.name, contest.fleet.path(version)):
+            notes.append(f"{replica.url} does not serve {version.name}")
+            return None
+        found = agreement(replica, version.name, contest.expected)
+        if not found.holds(0.0):
+            notes.append(
+                f"{replica.url} reads {found.prompts_equal} of {found.prompts} prompts as PEFT does, and the adapter "
+                f"is felt in {found.telling_equal} of {found.telling} places"
+            )
+        shares.append(found.share if found.holds(0.0) else 0.0)
+    return min(shares)
+
+
+# Preferences
+
+
+def preferences(contest: Contest, examples: Sequence[Example], notes: list[str]) -> list[Preference]:
+    """Margins of both versions on held-out pairs."""
+    pairs = _held_out_pairs(contest, examples, notes)
+    if not pairs:
+        notes.append("there are no held-out pairs")
+        return []
+    try:
+        champions, challengers = _margins(contest, [one for _, one in pairs])
+    except TrainingFailed as error:
+        notes.append(f"how likely the versions find answers could not be measured: {error}")
+        return []
+    found, left_out = [], Counter[str]()
+    for (name, one), champion, challenger in zip(pairs, champions, challengers, strict=True):
+        if isinstance(champion, str) or isinstance(challenger, str):
+            left_out[champion if isinstance(champion, str) else str(challenger)] += 1
+            continue
+        found.append(
+            Preference(
+                id=one.id, user=who(one), signal=one.reason, cohort=cohort_name(one), dataset=name,
+                champion=champion, challenger=challenger,
+            )
+        )  # fmt: skip
+    notes.extend(f"{count} held-out pairs {why}" for why, count in sorted(left_out.items()))
+    return found
+
+
+def _held_out_pairs(contest: Contest, examples: Sequence[Example], notes: list[str]) -> list[tuple[str, Example]]:
+    """With their datasets' names: half of them from earlier rounds, if there are any; none that was learned from.
+
+    Rounds overlap: what is in this round's dataset, too, is this round's.
+    """
+    most, name = contest.limits.pairs, dataset_name(contest.dataset)
+    learned, seen = {one.id for one in examples if one.split == "train"}, {one.id for one in examples}
+    found: list[tuple[str, Example]] = []
+    for folder in contest.earlier:
+        try:
+            rows, earlier = list(read(folder)), dataset_name(folder)
+        except BadDataset as error:
+            notes.append(f"an earlier round was left out: {error}")
+            continue
+        own = [one for one in _pairs(rows) if one.id not in seen]
+        chosen = sample(own, max(1, most // (2 * len(contest.earlier))), name)
+        seen |= {one.id for one in chosen}
+        found += [(earlier, one) for one in chosen]
+    now = [one for one in _pairs(examples) if one.id not in learned]
+    return [*((name, one) for one in sample(now, most - len(found), name)), *found]
+
+
+def _pairs(rows: Iterable[Example]) -> list[Example]:
+    return [one for one in rows if one.split == "held_out" and one.kind == "pair"]
+
+
+def _margins(contest: Contest, pairs: Sequence[Example]) -> tuple[list[float | str], list[float | str]]:
+    """Of the champion and of the challenger, of each pair; or why there is none."""
+    new, old, longest = contest.challenger, contest.champion, contest.limits.longest
+    before, after = str(old.adapter) if old else None, str(new.adapter)
+    if old is None or old.base == new.base:
+        champions, challengers = contest.score(new.base, [before, after], pairs, longest)
+    else:
+        (champions,) = contest.score(old.base, [before], pairs, longest)
+        (challengers,) = contest.score(new.base, [after], pairs, longest)
+    return [_margin(one) for one in champions], [_margin(one) for one in challengers]
+
+
+def _margin(scored: Mapping[str, Any]) -> float | str:
+    if scored.get("left_out"):
+        return str(scored["left_out"])
+    margin = float(scored["chosen"]) - float(scored["rejected"])
+    return margin if math.isfinite(margin) else "have no finite likelihood"
+
+
+def cohort_name(example: Example) -> str:
+    """As a dataset's manifest has it."""
+    return "/".join(part or "-" for part in cohort(example))
+
+
+def sample(found: Iterable[Example], most: int, seed: str) -> list[Example]:
+    """So many of them at most; users take turns."""
+    turns = Counter[str]()
+    ranked = []
+    for one in sorted(found, key=lambda one: hashlib.sha256(f"{seed} {one.id}".encode()).digest()):
+        ranked.append((turns[who(one)], one))
+        turns[who(one)] += 1
+    return [one for _, one in sorted(ranked, key=lambda pair: pair[0])][: max(0, most)]
+
+
+# Duels
+
+
+def asked(contest: Contest, examples: Sequence[Example], seed: str, until: float, notes: list[str]) -> list[Duel]:
+    """Both versions' answers to held-out prompts; nobody has judged them yet."""
+    prompts = {prompt_text(one.messages): one for one in examples if one.split == "held_out"}
+    chosen = sample(prompts.values(), contest.limits.duels, seed)
+    champion = champion_name(contest)
+    replicas = contest.fleet.replicas
+
+    def fight(numbered: tuple[int, Example]) -> Duel | str:
+        number, one = numbered
+        replica = replicas[number % len(replicas)]
+        pair = both(contest, replica, champion, one.messages, _drawn(contest.limits, one.id), turned=hash_bit(one.id))
+        if pair["champion"].failed and pair["challenger"].failed:
+            return pair["challenger"].failed
+        told = number < contest.limits.diverging and not contest.limits.temperature
+        return duel(one, pair, divergence(replica, contest.challenger.name, pair) if told else None)
+
+    found = each(fight, list(enumerate(chosen)), until)
+    _note_failures(found, len(chosen), "prompts", notes)
+    return [one for one in found if isinstance(one, Duel)]
+
+
+def _drawn(limits: Limits, id: str) -> dict[str, Any]:
+    """How an answer is drawn, as vLLM is told."""
+    if not limits.temperature:
+        return {}
+    return {"temperature": limits.temperature, "seed": int(hashlib.sha256(id.encode()).hexdigest()[:7], 16)}
+
+
+def duel(one: Example, pair: Pair, diverges: float | None = None) -> Duel:
+    wants_json = is_json(one.chosen)
+    return Duel(
+        id=one.id, user=who(one), prompt=prompt_text(one.messages), cohort=cohort_name(one), divergence=diverges,
+        answers={side: pair[side].shown for side in SIDES},
+        tokens={side: pair[side].tokens for side in SIDES},
+        seconds={side: pair[side].seconds for side in SIDES},
+        repetitive={side: repeats(pair[side].token_ids or pair[side].text.split()) for side in SIDES},
+        broken={
+            "champion": broken(pair["champion"], pair["challenger"], wants_json),
+            "challenger": broken(pair["challenger"], pair["champion"], wants_json),
+        },
+        refused={side: refuses(pair[side].text) for side in SIDES},
+    )  # fmt: skip
+
+
+def divergence(replica: Replica, challenger: str, pair: Pair) -> float | None:
+    """Share of the champion's first tokens at which the challenger, after the champion's, says another one."""
+    said = pair["champion"]
+    if not said.prompt_ids or not said.token_ids:
+        return None
+    try:
+        expected = Expected(said.prompt_ids, said.token_ids[:DIVERGING_TOKENS])
+        return 1.0 - agreement(replica, challenger, [expected]).share
+    except Unreachable:
+        raise
+    except ServingFailed:
+        return None
+
+
+def judged(
+    contest: Contest, duels: Sequence[Duel], examples: Sequence[Example], seed: str
+) -> tuple[list[Duel], Referee]:
+    """The duels with their scores, and who gave them."""
+    pairs = [Compared(one.id, one.prompt, one.answers["challenger"], one.answers["champion"]) for one in duels]
+    if contest.judge is None:
+        model = reward_model.fit(examples)
+        scores, referee = model.compare(pairs), model.referee
+    else:
+        known, preferred = people_prefer(sample(_pairs(examples), contest.limits.judged, seed))
+        calibrated = calibrate(contest.judge, known, preferred)
+        said = [*zip(known, calibrated.verdicts, preferred, strict=True), *_love_of_length(contest, duels)]
+        scores = _level(pairs, contest.judge.compare(pairs), said)
+        referee = calibrated.referee
+    return [replace(one, score=score) for one, score in zip(duels, scores, strict=True)], referee
+
+
+Known = tuple[Compared, float | None, int]
+"""Two answers of which more is known than the judge's verdict: which one people prefer (1, −1), or that neither (0)."""
+
+
+def _love_of_length(contest: Contest, duels: Sequence[Duel]) -> list[Known]:
+    """What the judge says of the champion's answers made longer; ½ at least, for they were not made better."""
+    assert contest.judge is not None
+    some = [(one, said) for one in duels if (said := one.answers["champion"])][: contest.limits.padded]
+    pairs = [Compared(one.id, one.prompt, padded(said), said) for one, said in some]
+    verdicts = contest.judge.compare(pairs)
+    return [(pair, None if told is None else max(0.5, told), 0) for pair, told in zip(pairs, verdicts, strict=True)]
+
+
+def _level(pairs: Sequence[Compared], verdicts: Sequence[float | None], others: Sequence[Known]) -> list[float | None]:
+    """Verdicts as they would be at equal length."""
+    known = [(pair, verdict, liked) for pair, verdict, liked in others if verdict is not None]
+    told = [(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not None]
+    if not told:
+        return list(verdicts)
+    scores, _ = at_equal_length(
+        [pair.id for pair, _ in told],
+        [verdict for _, verdict in told],
+        [_longer(pair) for pair, _ in told],
+        [verdict for _, verdict, _ in known],
+        [_longer(pair) for pair, _, _ in known],
+        [liked for _, _, liked in known],
+    )
+    left = iter(scores.tolist())
+    return [None if verdict is None else float(next(left)) for verdict in verdicts]
+
+
+def _longer(pair: Compared) -> int:
+    return len(pair.first) - len(pair.second)
+
+
+# Goldens
+
+
+def golden_results(contest: Contest, until: float, notes: list[str]) -> list[GoldenResult]:
+    """Both versions on each golden."""
+    champion, replicas = champion_name(contest), contest.fleet.replicas
+    grade = contest.judge.grade if contest.judge is not None else None
+
+    def answered(numbered: tuple[int, Golden]) -> GoldenResult:
+        number, golden = numbered
+        replica, turned = replicas[number % len(replicas)], hash_bit(golden.id)
+        pair = both(contest, replica, champion, golden.messages, golden.request, turned)
+        none = all(pair[side].failed for side in SIDES)
+        verdicts = {
+            side: Verdict(None if none else False, f"no answer: {said.failed}")
+            if (said := pair[side]).failed
+            else check(golden, said.text, said.tool_calls, allow_code=contest.allow_code, grade=grade)
+            for side in SIDES
+        }
+        return GoldenResult(
+            id=golden.id, owner=golden.owner, kind=golden.kind, must=golden.must,
+            passed={side: verdicts[side].passed for side in SIDES},
+            why={side: verdicts[side].why for side in SIDES},
+            answers={side: pair[side].shown for side in SIDES},
+        )  # fmt: skip
+
+    found = each(answered, list(enumerate(contest.goldens)), until)
+    missed = [golden for golden, one in zip(contest.goldens, found, strict=True) if one is None]
+    if missed:
+        notes.append(f"there was no time for {len(missed)} of {len(contest.goldens)} goldens")
+    # What was not asked is not passed: a golden that must hold would be held by nobody's looking.
+    unasked = [
+        GoldenResult(
+            id=one.id, owner=one.owner, kind=one.kind, must=one.must, passed=dict.fromkeys(SIDES),
+            why=dict.fromkeys(SIDES, "there was no time"), answers=dict.fromkeys(SIDES, ""),
+        )
+        for one in missed
+    ]  # fmt: skip
+    return [*(one for one in found if one is not None), *unasked]
+
+
+# Asking
+
+
+def both(
+    contest: Contest, replica: Replica, champion: str, messages: Sequence[Mapping[str, Any]],
+    request: Mapping[str, Any], turned: bool,
+) -> Pair:  # fmt: skip
+    """Both versions' answers, one after the other; whose comes second may find the prompt in a cache: `turned`."""
+    names: dict[Side, str] = {"champion": champion, "challenger": contest.challenger.name}
+    order = SIDES[::-1] if turned else SIDES
+    body = {"messages": list(messages), "max_tokens": contest.limits.tokens, **request}
+    return {side: ask(replica, names[side], body) for side in order}
+
+
+def ask(replica: Replica, model: str, body: Mapping[str, Any]) -> Answer:
+    """One greedy answer; what the replica refuses is an answer that failed. Raises Unreachable."""
+    began = time.monotonic()
+    try:
+        said = greedy(replica, "/v1/chat/completions", model, body)
+        return answer_in(said, time.monotonic() - began)
+    except Unreachable:
+        raise
+    except ServingFailed as error:
+        return Answer(failed=str(error), finish="error")
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        return Answer(failed=f"{replica.url} answered {model} with no chat ({error!r})", finish="error")
+
+
+def each(work: Callable[[Item], Found], items: Sequence[Item], until: float) -> list[Found | None]:
+    """The work on each item, a few at once; None for those that the time did not suffice for.
+
+    Raises what it raises, and then begins no other.
+    """
+    stop = threading.Event()
+
+    def one(item: Item) -> Found | None:
+        if stop.is_set() or time.monotonic() >= until:
+            return None
+        try:
+            return work(item)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(one, items))
+
+
+def hash_bit(name: str) -> bool:
+    return hashlib.sha256(name.encode()).digest()[0] % 2 == 0
+
+
+def _note_failures(found: Sequence[object], count: int, named: str, notes: list[str]) -> None:
+    if late := sum(one is None for one in found):
+        notes.append(f"there was no time for {late} of {count} {named}")
+    if refused := [one for one in found if isinstance(one, str)]:
+        notes.append(f"neither version answered {len(refused)} of {count} {named}, such as: {refused[0]}")
