@@ -88,7 +88,7 @@ class Contest(NamedTuple):
     fleet: Fleet
     score: Score
     expected: Sequence[Expected]
-    """What PEFT says with the challenger; not empty."""
+    """What PEFT says with the challenger; empty where its agreement is known."""
     dataset: Path
     """This round's."""
     earlier: Sequence[Path] = ()
@@ -96,6 +96,8 @@ class Contest(NamedTuple):
     judge: Judge | None = None
     allow_code: bool = False
     limits: Limits = Limits()
+    agreement: float | None = None
+    """As it was measured when the challenger was loaded."""
 
 
 def measure(contest: Contest) -> Measured:
@@ -142,6 +144,9 @@ def agreed(contest: Contest, notes: list[str]) -> float | None:
         if not serves(replica, version.name, contest.fleet.path(version)):
             notes.append(f"{replica.url} does not serve {version.name}")
             return None
+        if contest.agreement is not None:
+            shares.append(contest.agreement)
+            continue
         found = agreement(replica, version.name, contest.expected)
         if not found.holds(0.0):
             notes.append(

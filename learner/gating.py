@@ -22,7 +22,7 @@ from learner.evaluate import Contest, Limits
 from learner.gate import Report, decide
 from learner.judge import judge_of
 from learner.loaded import Left, take_off
-from learner.proof import expected_answers
+from learner.proof import AGREEMENT, expected_answers
 from learner.registry import Version
 from learner.rounds import Round
 from learner.shards import MANIFEST, manifest
@@ -33,8 +33,6 @@ from router.rollout_controller import propose
 from telemetry.errors import UnderstudyError
 
 TAG = "gate"
-AGAIN = 8
-"""Prompts on which replicas are compared with PEFT once more: all were when it was loaded."""
 MOST_EARLIER = 3
 """Earlier datasets whose held-out pairs are looked at."""
 
@@ -56,12 +54,14 @@ def gate(shop: Workshop, version: Version, data: Path) -> Gated:
     in the registry. Raises Unreachable where a replica does not answer, BadGoldens."""
     policy = shop.plan.gate
     champion = shop.registry.alias(shop.route, "champion")
+    known = shop.registry.metrics(version.name).get(AGREEMENT)
     contest = Contest(
         challenger=version,
         champion=shop.registry.version(champion) if champion else None,
         fleet=shop.fleet,
         score=shop.score,
-        expected=expected_answers(shop, version, data, AGAIN),
+        expected=expected_answers(shop, version, data) if known is None else (),
+        agreement=known,
         dataset=data,
         earlier=[folder for folder in _earlier(shop.folder / "datasets") if folder.name != data.name],
         goldens=expectations.load(shop.plan.dataset.goldens),

@@ -10,6 +10,8 @@ from learner.registry import Version
 from learner.shards import read
 from learner.workshop import Refused, Say, Workshop
 
+AGREEMENT = "agreement"
+"""The metric under which the registry keeps the worst replica's share of equal tokens."""
 CHECKED = 32
 """Held-out prompts on which replicas are compared with PEFT."""
 CHECKED_TOKENS = 64
@@ -18,7 +20,7 @@ GREETING = [{"role": "user", "content": "Hello"}]
 
 def prove(shop: Workshop, version: Version, data: Path, say: Say) -> None:
     """Each replica says with the version what PEFT says, and has it still when all were asked."""
-    expected = expected_answers(shop, version, data)
+    expected, shares = expected_answers(shop, version, data), []
     for replica in shop.fleet.replicas:
         try:
             found = serving.agreement(replica, version.name, expected)
@@ -33,7 +35,9 @@ def prove(shop: Workshop, version: Version, data: Path, say: Say) -> None:
                 f"in {found.telling_equal} of {found.telling} places, and {found.prompts_equal} of {found.prompts} "
                 "prompts are the same: is its base, template or dtype another one?"
             )
+        shares.append(found.share)
     _check_there(shop, version)
+    shop.registry.measure(version.name, {AGREEMENT: min(shares)})
 
 
 def _check_there(shop: Workshop, version: Version) -> None:
@@ -42,10 +46,10 @@ def _check_there(shop: Workshop, version: Version) -> None:
             raise serving.Unreachable(f"{replica.url} was restarted while {version.name} was compared; try again")
 
 
-def expected_answers(shop: Workshop, version: Version, data: Path, most: int = CHECKED) -> list[serving.Expected]:
+def expected_answers(shop: Workshop, version: Version, data: Path) -> list[serving.Expected]:
     """What PEFT says to held-out prompts, the shorter ones, as far as they fit what was trained."""
     held_out = sorted((one.messages for one in read(data) if one.split == "held_out"), key=_size)
-    prompts = held_out[:most] or [GREETING]
+    prompts = held_out[:CHECKED] or [GREETING]
     longest = int(version.spec.get("hyper", {}).get("max_length", 0)) or CHECKED_TOKENS
     said = shop.generate(version.base, str(version.adapter), prompts, CHECKED_TOKENS)
     found = [

@@ -28,7 +28,7 @@ from learner.replica import Replica, load_adapter, unload_adapter
 from learner.runners import whole
 from learner.serving import Expected, agreement
 from learner.spec import Hyper, TrainSpec, save
-from understudy.demo.tiny_model import is_good, questions
+from understudy.demo.tiny_model import is_good, questions, recipe_hash
 from understudy.demo.vllm_server import VllmServer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,8 +50,7 @@ def process() -> Iterator[TrainingProcess]:
 @pytest.fixture(scope="module")
 def base() -> Path:
     subprocess.run([sys.executable, "-c", BUILD], check=True, capture_output=True, cwd=ROOT)
-    (found,) = CACHE.glob("tiny-*/base")
-    return found
+    return CACHE / f"tiny-{recipe_hash()}" / "base"
 
 
 @pytest.fixture(scope="module")
