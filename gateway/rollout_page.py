@@ -27,6 +27,7 @@ PHASES = {
     "promoted": ("promoted", "good"),
     "rolling_back": ("rolling back", "bad"),
     "rolled_back": ("rolled back", "bad"),
+    "undoing": ("being undone", "bad"),
     "undone": ("undone", "bad"),
 }
 VERDICTS = {"successful": "good", "failed": "bad", "inconclusive": "wait"}

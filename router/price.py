@@ -16,6 +16,7 @@ from router.arms import Cell, Sums
 from router.bandit import Floats
 from router.casting import is_version, lead_of
 from router.policy import Arm, Learned, Reward
+from router.reward import NOT_DRAWN
 from router.weights import mean_of, shares
 from telemetry.events import Interaction
 
@@ -37,7 +38,7 @@ class Priced:
 
 def measured(terms: Reward, arms: Mapping[str, Arm], answers: Iterable[Interaction]) -> dict[str, float]:
     """Metric → what a session's answers took; what is not known of all of them is left out."""
-    answers = list(answers)
+    answers = [answer for answer in answers if answer.answerer.policy not in NOT_DRAWN]
     found: dict[str, float] = {}
     if terms.cost and all(_billed(i, arms) for i in answers):
         found[COST] = sum(_cost(i, arms) for i in answers)

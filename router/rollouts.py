@@ -82,6 +82,9 @@ class Rollouts:
             rollout, unread = one.find()
             if unread and rollout is not None:
                 self._read_back(one, rollout, read, marks[route], alive)
+                shown = standing_of(self._store, route)
+                if shown is not None and shown.at >= rollout.began:
+                    one.standing = shown  # with the looks of the controller before
 
     def facts(self, facts: Sequence[tuple[int, Fact]]) -> None:
         """New facts, in the order of arrival."""

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router import guardrails
+from router.reward import NOT_DRAWN
 from router.rollout import Rollout
 from router.rollout_policy import Guardrail
 from router.rollout_policy import Rollout as Policy
@@ -143,7 +144,7 @@ class Trial:
     def request(self, fact: Interaction) -> None:
         """One request of any session, in any order but for a session's first one, which must come first."""
         who, key = fact.answerer, (fact.tenant, fact.session)
-        if who.rollout != self.id or who.policy in ("pinned", "fallback"):
+        if who.rollout != self.id or who.policy in NOT_DRAWN:
             return
         place = self._place.get(key)
         if place is None:

@@ -109,7 +109,7 @@ def _drawn(rollout: Rollout, snapshot: Snapshot | None) -> dict[str, float] | No
 
 def _stages(policy: Policy, rollout: Rollout | None) -> list[dict[str, Any]]:
     at = rollout.step if rollout is not None and rollout.phase != "pending" else -1
-    if rollout is not None and rollout.phase in ("promoting", "promoted", "undone"):
+    if rollout is not None and rollout.phase in ("promoting", "promoted", "undoing", "undone"):
         at = len(policy.stages)
     states = ["done" if n < at else "current" if n == at else "ahead" for n in range(len(policy.stages))]
     return [

@@ -109,6 +109,7 @@ STEPS = {
     "train": "training",
     "register": "registering",
     "serve": "loading it on the replicas, and comparing what they say with PEFT",
+    "gate": "gate: measuring it beside the champion",
 }
 
 
@@ -133,6 +134,10 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, dict[str, Any]], None]]:
             elif step == "serve":
                 console.print(
                     f"  {event['replica']} says {event['agreement']:.1%} of {event['tokens']} tokens as PEFT does"
+                )
+            elif step == "gate" and "verdict" in event:
+                console.print(
+                    f"  {event['verdict']}: {escape(event['why'])}\n  {escape(event['page'])}", soft_wrap=True
                 )
             elif note := event.get("note"):
                 console.print(f"  [yellow]{escape(str(note))}[/]")
@@ -166,7 +171,7 @@ def _live(event: Mapping[str, Any]) -> str:
 def sentence(found: Round | Due) -> str:
     if isinstance(found, Round):
         what = {
-            "done": f"{found.version} is served, and not drawn yet",
+            "done": f"{found.version} is served, and the route's challenger",
             "dropped": f"{found.version or 'the round'} was dropped: {found.why}",
             "failed": f"round {found.number} failed: {found.why}",
         }

@@ -92,7 +92,7 @@ def _status(arguments: Arguments) -> int:
 def _start(arguments: Arguments) -> int:
     from learner.registry import Registry
     from router.rollout import Refused
-    from router.rollout_controller import propose
+    from router.rollout_controller import ask, propose
 
     _, store, route, policy = _opened(arguments)
     who = _actor(arguments, store, policy, "begin")
@@ -104,15 +104,9 @@ def _start(arguments: Arguments) -> int:
     why = arguments.why or ("it passed its gate" if gate == "pass" else f"asked for without a gate ({gate})")
     rollout = propose(store, registry, route, version.name, who, why, time.time())
     if "begin" in policy.require_approval:
-        _approve(store, route, who, why, policy)
+        ask(store, route, "approve", who, why, time.time(), policy)
     emit(arguments, {"rollout": rollout.id, "challenger": version.name}, lambda: print(f"{rollout.id} begins"))
     return 0
-
-
-def _approve(store: Store, route: str, who: str, why: str, policy: Rollout) -> None:
-    from router.rollout_controller import ask
-
-    ask(store, route, "promote", who, why, time.time(), policy)
 
 
 def _ask(arguments: Arguments) -> int:

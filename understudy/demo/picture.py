@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,8 +16,8 @@ from understudy.demo.people import COHORTS, Visit
 
 WIDTH, LEFT, RIGHT = 960, 70, 24
 TOP, HIGH, GAP = 84, 190, 46
-PARTS = 48
-"""Stretches of time that the curves have."""
+PARTS = 40
+"""Stretches of sessions that the curves have."""
 Z = 1.96
 PAPER, INK, FAINT = "#fffdf8", "#2b2a33", "#8d8a97"
 COLOURS = ("#9aa5b1", "#2f7d5b", "#c0533e", "#7a5ea8")
@@ -35,14 +36,15 @@ class Mark:
 def draw(visits: Sequence[Visit], names: Mapping[str, str], marks: Sequence[Mark], lineage: Sequence[str]) -> str:
     """An SVG document. `names`: model → what people call it, in the order in which they are drawn."""
     visits = sorted(visits, key=lambda one: one.at)
-    first, last = visits[0].at, visits[-1].at
-    edges = [first + (last - first) * n / PARTS for n in range(PARTS + 1)]
-    bins = [[one for one in visits if a <= one.at < b] for a, b in pairwise(edges)]
+    edges = [round(len(visits) * n / PARTS) for n in range(PARTS + 1)]
+    bins = [visits[a:b] for a, b in pairwise(edges)]
+    times = [one.at for one in visits]
 
-    def x(at: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (at - first) / max(1e-9, last - first)
+    def x(count: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * count / max(1, len(visits))
 
     middles = [x((a + b) / 2) for a, b in pairwise(edges)]
+    places = [(x(bisect_left(times, mark.at)), mark) for mark in marks]
     second = TOP + HIGH + GAP
     foot = second + HIGH + 46
     height = foot + 22 * len(lineage) + 40
@@ -53,7 +55,8 @@ def draw(visits: Sequence[Visit], names: Mapping[str, str], marks: Sequence[Mark
         ),
         *_pleased(bins, middles),
         *_shares(bins, middles, names, second),
-        *_marked(marks, x, second + HIGH),
+        *_marked(places, second + HIGH),
+        _text(WIDTH - RIGHT, second + HIGH + 20, "sessions, in order", 12, FAINT, anchor="end"),
         _text(LEFT, foot, "Lineage of the winner", 14, weight=600),
         *(_text(LEFT, foot + 22 * (n + 1), line, 13) for n, line in enumerate(lineage)),
     ]
@@ -94,24 +97,21 @@ def _shares(bins: Sequence[Sequence[Visit]], xs: Sequence[float], names: Mapping
         lower = [(at, _y(top, share)) for at, share in zip(xs, below, strict=True)]
         area = " ".join(f"{a:.1f},{b:.1f}" for a, b in [*upper, *lower[::-1]])
         found.append(f'<polygon points="{area}" fill="{COLOURS[place % len(COLOURS)]}" opacity="0.85"/>')
-        found.append(_text(LEFT + 150 + 230 * place, top - 8, name, 12, COLOURS[place % len(COLOURS)], weight=600))
+        found.append(_text(LEFT + 170 + 230 * place, top - 8, name, 12, COLOURS[place % len(COLOURS)], weight=600))
         below = above
     return found
 
 
-def _marked(marks: Sequence[Mark], x: object, bottom: float) -> list[str]:
+def _marked(places: Sequence[tuple[float, Mark]], bottom: float) -> list[str]:
     found = []
-    for n, mark in enumerate(marks):
-        at = x(mark.at)  # type: ignore[operator]
+    for n, (at, mark) in enumerate(places):
         colour = "#2f7d5b" if mark.good else "#c0533e"
-        anchor = "end" if at > WIDTH * 0.7 else "start"
+        anchor, shift = ("end", -5) if at > WIDTH * 0.7 else ("start", 5)
         found.append(
             f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{bottom}" stroke="{colour}" stroke-dasharray="4 3"/>'
         )
-        shift = -5 if anchor == "end" else 5
-        found.append(
-            _text(at + shift, bottom - 8 - 15 * (n % 3), mark.text, 12, INK, anchor=anchor, weight=600, halo=True)
-        )
+        place = bottom - 10 - 18 * (n % 3)
+        found.append(_text(at + shift, place, mark.text, 12, INK, anchor=anchor, weight=600, halo=True))
     return found
 
 

@@ -98,7 +98,7 @@ class Pace(NamedTuple):
 
 
 CALM = Pace(before=900, after=200, duels=400, epochs=3, few=20, some=60)
-FAST = Pace(before=480, after=60, duels=240, epochs=2, few=10, some=25)
+FAST = Pace(before=560, after=100, duels=240, epochs=2, few=10, some=25)
 
 
 @dataclass
