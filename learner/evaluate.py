@@ -53,6 +53,7 @@ AT_ONCE = 8
 """Prompts that replicas are asked at once, each by both versions in turn."""
 SIDES: tuple[Side, Side] = ("champion", "challenger")
 DIVERGING_TOKENS = 64
+MOST_DRAWS = 4
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -250,23 +251,30 @@ def sample(found: Iterable[Example], most: int, seed: str) -> list[Example]:
 
 
 def asked(contest: Contest, examples: Sequence[Example], seed: str, until: float, notes: list[str]) -> list[Duel]:
-    """Both versions' answers to held-out prompts; nobody has judged them yet."""
+    """Both versions' answers to held-out prompts; nobody has judged them yet.
+
+    Where answers are drawn and there are fewer prompts than duels to be asked, each prompt is asked up to `MOST_DRAWS`
+    times: that takes out the chance of single draws, and not that of which prompts people had.
+    """
     prompts = {prompt_text(one.messages): one for one in examples if one.split == "held_out"}
     chosen = sample(prompts.values(), contest.limits.duels, seed)
     champion = champion_name(contest)
     replicas = contest.fleet.replicas
+    draws = min(MOST_DRAWS, contest.limits.duels // max(1, len(chosen))) if contest.limits.temperature else 1
+    rounds = [(one, draw) for draw in range(max(1, draws)) for one in chosen]
 
-    def fight(numbered: tuple[int, Example]) -> Duel | str:
-        number, one = numbered
+    def fight(numbered: tuple[int, tuple[Example, int]]) -> Duel | str:
+        number, (one, draw) = numbered
         replica = replicas[number % len(replicas)]
-        pair = both(contest, replica, champion, one.messages, _drawn(contest.limits, one.id), turned=hash_bit(one.id))
+        how = _drawn(contest.limits, f"{one.id} {draw}")
+        pair = both(contest, replica, champion, one.messages, how, turned=hash_bit(f"{one.id} {draw}"))
         if pair["champion"].failed and pair["challenger"].failed:
             return pair["challenger"].failed
         told = number < contest.limits.diverging and not contest.limits.temperature
         return duel(one, pair, divergence(replica, contest.challenger.name, pair) if told else None)
 
-    found = each(fight, list(enumerate(chosen)), until)
-    _note_failures(found, len(chosen), "prompts", notes)
+    found = each(fight, list(enumerate(rounds)), until)
+    _note_failures(found, len(rounds), "prompts", notes)
     return [one for one in found if isinstance(one, Duel)]
 
 

@@ -34,9 +34,10 @@ def _die_with_parent() -> None:
 
 
 class RedisServer:
-    """`with RedisServer() as redis: redis.url`; `stop` and `start` keep the port and forget the data."""
+    """`with RedisServer() as redis: redis.url`; `stop` and `start` keep the port, and the data only if `durable`."""
 
-    def __init__(self) -> None:
+    def __init__(self, durable: bool = False) -> None:
+        self._durable = durable
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -53,7 +54,8 @@ class RedisServer:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self) -> None:
-        command = [binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        log = ("yes", "--appendfsync", "always") if self._durable else ("no",)
+        command = [binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", *log]
         self._process = subprocess.Popen(
             command, cwd=self._folder, stdout=subprocess.DEVNULL, preexec_fn=_die_with_parent
         )

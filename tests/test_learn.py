@@ -1,4 +1,4 @@
-"""The learner end to end on real parts: feedback in a journal → a challenger that a real vLLM serves, not drawn yet."""
+"""The learner end to end on real parts: feedback in a journal → a challenger that passed its gate, on a real vLLM."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 from conversations import asked, compared, journal, said
 
+from learner.gate_report import read
 from learner.registry import Registry
 from learner.replica import Replica, listing, unload_adapter
+from learner.rounds import last_round
 from router.store_sqlite import SqliteStore
 from telemetry.events import Fact
 from understudy.demo import tiny_model
@@ -88,7 +90,7 @@ def config(vllm: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def learned(config: Path) -> dict[str, Any]:
-    """A round that was killed in its training, and then gone on with."""
+    """A round that was killed in its training, and again in its gate, and then gone on with."""
     command = [sys.executable, "-m", "understudy", "learn", "once", "--config", str(config)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     runs = config.parent / "learner" / "runs"
@@ -97,6 +99,14 @@ def learned(config: Path) -> dict[str, Any]:
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.wait()
+    second = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    store = SqliteStore(config.parent / "understudy.db")
+    while last_round(store, "assistant").step != "gate" and second.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+    assert last_round(store, "assistant").step == "gate"
     return found(understudy(config, "learn", "once", "--json"))
 
 
@@ -111,6 +121,18 @@ def test_feedback_becomes_a_challenger_that_vllm_serves(
     assert registry.alias("assistant", "challenger") == name
     assert registry.version(name).served_hash == registry.version(name).adapter_hash
     assert registry.metrics(name)["held_out_accuracy"] > 0.8
+
+
+def test_it_passed_its_gate_and_the_report_says_why(learned: dict[str, Any], config: Path) -> None:
+    registry = Registry(SqliteStore(config.parent / "understudy.db"))
+    assert registry.tags(learned["version"])["gate"] == "pass"
+    assert registry.metrics(learned["version"])["gate_win rate"] > 0.5
+    report = read(config.parent / "learner" / "gates" / learned["version"]).report
+    assert report.verdict == "pass"
+    assert report.main.users >= 20
+    assert (config.parent / "learner" / "gates" / learned["version"] / "gate.html").is_file()
+    again = understudy(config, "gate", "--json")
+    assert (again.returncode, json.loads(again.stdout)["verdict"]) == (0, "pass"), again.stderr
 
 
 def test_it_answers_as_people_prefer(learned: dict[str, Any], vllm: VllmServer) -> None:

@@ -75,6 +75,7 @@ def add_demo(commands: Commands) -> None:
     demo = command(commands, "demo", _demo, help)
     demo.add_argument("--fast", action="store_true", help="fewer users and a shorter training: under three minutes")
     demo.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="where the tiny models are kept")
+    demo.add_argument("--state", help="where state is kept, as in the config (default: an SQLite file of its own)")
     demo.add_argument("--keep", type=Path, help="a folder to keep everything in (default: only the picture, here)")
     json_option(demo)
 
@@ -82,4 +83,4 @@ def add_demo(commands: Commands) -> None:
 def _demo(arguments: Arguments) -> int:
     from understudy.demo.story import tell
 
-    return tell(arguments.cache, arguments.keep, fast=arguments.fast, as_json=arguments.json)
+    return tell(arguments.cache, arguments.keep, fast=arguments.fast, as_json=arguments.json, state=arguments.state)

@@ -42,7 +42,8 @@ ROUTE = "assistant"
 CONFIG = """\
 listen: {{host: 127.0.0.1, port: {port}, workers: 2}}
 admin: {{port: {admin}}}
-state: sqlite:///{folder}/understudy.db
+state: {state}
+journal: {folder}/understudy.db
 routes:
   assistant:
     upstreams: [{vllm}]
@@ -97,8 +98,8 @@ class Pace(NamedTuple):
     some: int
 
 
-CALM = Pace(before=900, after=200, duels=400, epochs=3, few=20, some=60)
-FAST = Pace(before=560, after=100, duels=240, epochs=2, few=10, some=25)
+CALM = Pace(before=900, after=200, duels=400, epochs=1, few=20, some=60)
+FAST = Pace(before=560, after=100, duels=240, epochs=1, few=10, some=25)
 
 
 @dataclass
@@ -128,9 +129,18 @@ class StoryFailed(UnderstudyError):
 
 
 def tell(
-    cache: Path, keep: Path | None, *, fast: bool = False, as_json: bool = False, vllm: VllmServer | None = None
+    cache: Path,
+    keep: Path | None,
+    *,
+    fast: bool = False,
+    as_json: bool = False,
+    state: str | None = None,
+    vllm: VllmServer | None = None,
 ) -> int:
-    """Run the demo; 0 if the good challenger took over, the bad one did not, and no request failed."""
+    """Run the demo; 0 if the good challenger took over, the bad one did not, and no request failed.
+
+    `state`: where it is kept, a file of the demo's own by default. `vllm`: one that serves the tiny base already.
+    """
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -142,7 +152,8 @@ def tell(
     with ExitStack() as stack:
         folder = stack.enter_context(_folder(keep))
         server = vllm or stack.enter_context(VllmServer(models, log=folder / "vllm.log", say=say, lora=()))
-        stage = Stage(folder, server.url, models, FAST if fast else CALM, say)
+        place = state or f"sqlite:///{folder}/understudy.db"
+        stage = Stage(folder, place, server.url, models, FAST if fast else CALM, say)
         with stage:
             told = stage.play()
         told.seconds = time.monotonic() - began
@@ -158,7 +169,13 @@ class Stage:
     """The gateway before vLLM, and what happens on it."""
 
     def __init__(
-        self, folder: Path, vllm: str, models: tiny_model.TinyModels, pace: Pace, say: Callable[[str], None]
+        self,
+        folder: Path,
+        state: str,
+        vllm: str,
+        models: tiny_model.TinyModels,
+        pace: Pace,
+        say: Callable[[str], None],
     ) -> None:
         self._say, self._pace, self._models = say, pace, models
         self._folder = folder
@@ -166,7 +183,9 @@ class Stage:
         port, admin = free_port(), free_port()
         self._url, self._page = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin}/ui/rollout"
         self._config.write_text(
-            CONFIG.format(port=port, admin=admin, folder=folder, vllm=vllm, base=models.base, **pace._asdict())
+            CONFIG.format(
+                port=port, admin=admin, folder=folder, state=state, vllm=vllm, base=models.base, **pace._asdict()
+            )
         )
         self._stack = ExitStack()
         self._crowd = Crowd(self._url, 7)

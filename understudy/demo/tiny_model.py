@@ -125,7 +125,7 @@ class Tuning:
 BASE_TUNING: Final = Tuning(steps=320, batch=48, rate=3e-3, good=0.45)
 CAREFUL_TUNING: Final = Tuning(steps=50, batch=32, rate=4e-3, good=1.0)
 HASTY_TUNING: Final = Tuning(steps=40, batch=32, rate=4e-3, good=0.12)
-TWO_FACED_TUNING: Final = Tuning(steps=140, batch=32, rate=4e-3, good=1.0, good_when_brief=0.0)
+TWO_FACED_TUNING: Final = Tuning(steps=240, batch=32, rate=4e-3, good=1.0, good_when_brief=0.0)
 
 
 def with_article(noun: str) -> str:
