@@ -98,8 +98,8 @@ class Pace(NamedTuple):
     some: int
 
 
-CALM = Pace(before=900, after=200, duels=400, epochs=1, few=20, some=60)
-FAST = Pace(before=560, after=100, duels=240, epochs=1, few=10, some=25)
+CALM = Pace(before=900, after=200, duels=400, epochs=2, few=20, some=60)
+FAST = Pace(before=560, after=100, duels=240, epochs=2, few=10, some=25)
 
 
 @dataclass
