@@ -20,8 +20,6 @@ from router.rollout_policy import Stage
 from router.trial import Standing, Watched
 
 HALF = 0.5
-ERASED = "erased"
-"""What an operator excuses who goes on with a version whose data was erased."""
 
 
 class Move(NamedTuple):
@@ -43,7 +41,7 @@ def decide(rollout: Rollout, standing: Standing, policy: Policy, now: float) -> 
         if rollout.waits == "budget" and not spent:
             return Move("resume", "the error budget allows it again")
         return None
-    if standing.doubt and ERASED not in rollout.excused:
+    if standing.doubt and standing.doubt_about not in rollout.excused:
         return Move("pause", standing.doubt, "operator")
     if tripped := [one for one in tripped_by(standing, "pause") if one.metric not in rollout.excused]:
         return Move("pause", _said(tripped[0]), "operator")
@@ -62,7 +60,7 @@ def decide(rollout: Rollout, standing: Standing, policy: Policy, now: float) -> 
 
 def to_excuse(standing: Standing) -> tuple[str, ...]:
     """What an operator has seen who resumes now."""
-    return (*(one.metric for one in tripped_by(standing, "pause")), *([ERASED] if standing.doubt else []))
+    return (*(one.metric for one in tripped_by(standing, "pause")), *([standing.doubt_about] if standing.doubt else []))
 
 
 def evidence(standing: Standing) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -37,7 +37,7 @@ from router.rollout import (
 )
 from router.rollout_policy import Rollout as Policy
 from router.store import Documents
-from router.trial import Heard, Session, Standing, Trial
+from router.trial import Heard, Judged, Session, Standing, Trial, judged_name
 from telemetry.errors import StateError, UnderstudyError
 from telemetry.events import Decision, Interaction, Shadow
 
@@ -211,13 +211,25 @@ class RolloutController:
 
     def _stand(self, rollout: Rollout, now: float, budget: float | None) -> Standing:
         assert self.trial is not None
-        tags = self._registrar.tags(rollout.challenger)
-        doubt = f"data that {rollout.challenger} learned from was erased: {tags['erased']}" if "erased" in tags else ""
         found = self.trial.standing(rollout, self.policy, now)
-        history = self.standing.history if self.standing is not None else ()
-        return replace(
-            found, unfit=self._unfit(rollout), doubt=doubt, budget_left=budget, history=_longer(history, found)
-        )
+        history = _longer(self.standing.history if self.standing is not None else (), found)
+        body = self._documents.read(judged_name(rollout.id))
+        judged = msgspec.json.decode(body, type=Judged) if body else None
+        if judged is not None and judged.judged:
+            told = {"judged": judged.judged, "judged_score": judged.score / judged.judged}
+            found = replace(found, shadow=found.shadow | told)
+        about, doubt = next(self._doubts(rollout, judged), ("", ""))
+        unfit = self._unfit(rollout)
+        return replace(found, unfit=unfit, doubt_about=about, doubt=doubt, budget_left=budget, history=history)
+
+    def _doubts(self, rollout: Rollout, judged: Judged | None) -> Iterator[tuple[str, str]]:
+        """What an operator must look at who has not done so yet."""
+        tags = self._registrar.tags(rollout.challenger)
+        if "erased" in tags and "erased" not in rollout.excused:
+            yield "erased", f"data that {rollout.challenger} learned from was erased: {tags['erased']}"
+        if judged is not None and judged.lost() and "shadow" not in rollout.excused:
+            share = judged.score / judged.judged
+            yield "shadow", f"a judge of {judged.judged} shadow answers gives the challenger {share:.0%} of the wins"
 
     def _unfit(self, rollout: Rollout) -> str:
         tags = self._registrar.tags(rollout.challenger)

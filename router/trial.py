@@ -96,12 +96,38 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     shadow: dict[str, Any] = {}
     unfit: str = ""
     """Why the version must not go on, whatever users say: it was quarantined, say."""
+    doubt_about: str = ""
+    """`erased` or `shadow`: what an operator excuses who goes on."""
     doubt: str = ""
     """Why an operator must look at it: data that it learned from was erased, say."""
     budget_left: float | None = None
     """Share of the error budget; below 0 it is spent."""
     history: tuple[tuple[float, int, float, float, float], ...] = ()
     """Past looks: when, judged sessions, difference, lower, upper."""
+
+
+class Judged(msgspec.Struct, frozen=True, kw_only=True):
+    """What a judge said of a shadow so far."""
+
+    most: int
+    """That will be judged."""
+    judged: int = 0
+    score: float = 0.0
+    """Sum of the challenger's scores: 1 won, ½ a tie."""
+    through: int = 0
+    """Sequence number of the newest fact that was looked at."""
+    at: float = 0.0
+
+    def lost(self) -> bool:
+        """Whether it clearly lost more than half; told once, when all are judged (Hoeffding 1963, at 1 %)."""
+        if self.judged < self.most:
+            return False
+        return self.score / self.judged < 0.5 - math.sqrt(math.log(100.0) / (2 * self.judged))
+
+
+def judged_name(rollout: str) -> str:
+    """The name of the document that holds a rollout's `Judged`."""
+    return f"shadow/{rollout}"
 
 
 ROW = np.dtype(

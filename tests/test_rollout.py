@@ -205,7 +205,9 @@ def test_harm_comes_before_everything_else() -> None:
 
 
 def test_a_guardrail_that_pauses_is_excused_by_whoever_resumes() -> None:
-    bad = standing(judged_in_step=0, guardrails=(tripped("signal_rate", "pause"),), doubt="data was erased")
+    bad = standing(
+        judged_in_step=0, guardrails=(tripped("signal_rate", "pause"),), doubt="data was erased", doubt_about="erased"
+    )
     move = decide(at(), bad, POLICY, NOW)
     assert move is not None
     assert (move.verb, move.waits) == ("pause", "operator")

@@ -144,4 +144,18 @@ def _mean(found: Mapping[str, Any] | None, form: str) -> str:
 
 def _decision(said: Mapping[str, Any]) -> str:
     when = time.strftime("%H:%M:%S", time.localtime(said["at"]))
-    return f"[dim]{when}[/] {said['verb']} by {escape(said['actor'])}: {escape(said['why'])}"
+    line = f"[dim]{when}[/] {said['verb']} by {escape(said['actor'])}: {escape(said['why'])}"
+    return line + (_impact(said["found"]["impact"]) if said["found"].get("impact") else "")
+
+
+def _impact(found: Mapping[str, Any]) -> str:
+    """Before and after a promotion, on another line."""
+    before, after = found["before"], found["after"]
+    if before["reward"] is None or after["reward"] is None or found["difference"] is None:
+        return ""
+    sure = "significant" if found["significant"] else "not significant"
+    bounds = escape(f"[{found['lower']:+.3f}, {found['upper']:+.3f}]")
+    return (
+        f"\n         impact: reward {before['reward']:.3f} (of {before['sessions']}) → {after['reward']:.3f} (of "
+        f"{after['sessions']}), difference {found['difference']:+.3f} {bounds}, {sure}"
+    )

@@ -27,7 +27,7 @@ def add_learn(commands: Commands) -> None:
     verbs = about.add_subparsers(metavar="once|watch|status|drop|reproduce", required=True)
 
     help = "Train a challenger if one is due: dataset, training, registry, vLLM. One that was interrupted goes on."
-    once = verbs.add_parser("once", help=help, description=f"{help} It is served, and not drawn yet.")
+    once = verbs.add_parser("once", help=help, description=f"{help} A gate decides what follows.")
     once.set_defaults(run=_once)
     once.add_argument("--force", action="store_true", help="even if none is due")
 
@@ -98,7 +98,10 @@ def _once(arguments: Arguments) -> int:
 
 def _watch(arguments: Arguments) -> int:
     from learner import cycle
+    from learner.judge import judge_of
     from learner.rounds import Round
+    from learner.shadowing import judge_shadow
+    from telemetry.journal import Journal
     from understudy import show_learning
 
     shop = shop_of(arguments)
@@ -110,9 +113,17 @@ def _watch(arguments: Arguments) -> int:
                 tell.replicas(cycle.replicas_kept(shop))
             stopping.wait(min(arguments.look, REPLICAS_EVERY))
 
+    def judge_shadows(stopping: threading.Event) -> None:
+        journal = Journal(config.load(arguments.config).journal_path)
+        judge = judge_of(shop.plan.gate.judge) if shop.plan.gate.judge is not None else None
+        while judge is not None and not stopping.is_set():
+            with tell.faults("shadow"):
+                judge_shadow(shop.documents, shop.route, journal, judge)
+            stopping.wait(REPLICAS_EVERY)
+
     stopping = threading.Event()
-    keeper = threading.Thread(target=keep_replicas, args=(stopping,), name="replicas", daemon=True)
-    keeper.start()
+    for work in (keep_replicas, judge_shadows):
+        threading.Thread(target=work, args=(stopping,), name=work.__name__, daemon=True).start()
     try:
         while True:
             with tell.faults("old text"):
