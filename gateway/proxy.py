@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from gateway.arms import Lineup, Lineups, Route, dress
 from gateway.asgi import ClientLeft, Receive, Scope, Send, count, read_body, send_error
@@ -353,6 +354,9 @@ class Proxy:
             self._metrics.fallbacks.labels(route.name, choice.arm).inc()
             snapshot, segment = choice.snapshot, choice.segment
             choice, recalled = Choice(visit.arm, 1.0, snapshot, segment, policy="fallback"), False
+        elif choice.rollout and all(lineup.snapshot.challenger in replica.missing for replica in route.replicas):
+            # The challenger's sessions do not count while no replica serves it, so the control's must not either.
+            choice = replace(choice, rollout="", rival=0.0)
         arm = lineup.arms.get(choice.arm) or Arm(model=choice.arm)
         fields = errand.fields
         messages = fields.get("messages") or fields.get("input") or fields.get("prompt")

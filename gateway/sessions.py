@@ -86,12 +86,13 @@ class Sessions:
     def exchange(self) -> None:
         """Push new assignments and pull newer snapshots. Blocks; raises `StateError` and loses nothing by it."""
         new, self._new = self._new, []
+        failed: StateError | None = None
         try:
             if new:
                 self._store.assign(new, REMEMBER_SECONDS, time.time())
-        except StateError:
+        except StateError as error:
             self._new = (new + self._new)[-CACHE:]
-            raise
+            failed = error  # what was decided must be known here though nothing can be written
         for name, snapshot in list(self.snapshots.items()):
             newer = self._store.snapshot(name)
             if newer is not None and newer.version != snapshot.version:
@@ -100,6 +101,8 @@ class Sessions:
                 learned = segmenter_of(self._store, name)
                 if learned is not None:
                     self.segmenters[name] = learned
+        if failed is not None:
+            raise failed
         self.store_seen = time.monotonic()
 
     def close(self) -> None:

@@ -24,10 +24,10 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from learner import dataset, expectations, hashes, registry, serving
+from learner import dataset, hashes, registry, serving
 from learner.due import Due, Facts, due, not_yet
 from learner.erase import erase_everywhere
-from learner.gating import Unmeasured, as_adjusted, gated
+from learner.gating import Unmeasured, as_adjusted, check_gate, gated, let_go, refuse
 from learner.lint import lint
 from learner.loaded import Left, changed, keep, reconcile, take_off
 from learner.proof import prove
@@ -75,12 +75,17 @@ def once(shop: Workshop, say: Say, force: bool = False, now: Callable[[], float]
                 "register": _register,
                 "serve": _serve,
                 "gate": gated,
+                "refuse": refuse,
             }
             while state.round.active:
                 say(state.round.step, {})
                 state.put(steps[state.round.step](as_adjusted(shop, state.round), state.round, say))
         except (UnderstudyError, OSError) as error:
-            raise _ended(state, error, now()) from error
+            told = _ended(state, error, now())
+            if state.round.step == "failed":
+                with suppress(UnderstudyError, OSError):  # why it failed is what must be said
+                    let_go(shop, state.round.version)
+            raise told from error
         state.put(replace(state.round, ended=now(), until=state.round.reaches, tries=0))
         return state.round
 
@@ -109,7 +114,7 @@ def _keep(state: State, round: Round) -> None:
 
 
 def _dataset(shop: Workshop, round: Round, say: Say) -> Round:
-    expectations.load(shop.plan.dataset.goldens)  # what the gate cannot read is said before anything is trained
+    check_gate(shop)  # what it cannot do is said before anything is trained
     built = dataset.build(shop.source, shop.plan.dataset, shop.folder / "datasets")
     say("dataset", {"folder": str(built.folder), "examples": built.manifest["examples"]})
     reaches = float(built.manifest["journal"]["until"])

@@ -275,4 +275,7 @@ def _merged(before: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any
 
 def overridden(plan: Learner, overrides: Mapping[str, Any]) -> Learner:
     """`plan` with these, checked as if they had been written. Raises pydantic's ValidationError."""
-    return Learner.model_validate(_merged(plan.model_dump(exclude_unset=True), overrides))
+    written = plan.model_dump(exclude_unset=True)
+    whole = plan.model_dump()
+    written |= {key: whole[key] for key, value in overrides.items() if isinstance(value, dict)}
+    return Learner.model_validate(_merged(written, overrides))

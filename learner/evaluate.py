@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from msgspec.structs import replace
@@ -80,12 +81,20 @@ class Limits(NamedTuple):
     """For all answers; what was not asked by then is left out."""
 
 
+class Champion(NamedTuple):
+    """Who is to be beaten, as replicas serve it, and as PEFT finds it."""
+
+    model: str
+    base: str
+    adapter: str | None = None
+    """None for the base itself."""
+
+
 class Contest(NamedTuple):
     """Who meets whom, and on what."""
 
     challenger: Version
-    champion: Version | None
-    """None for the base."""
+    champion: Champion
     fleet: Fleet
     score: Score
     expected: Sequence[Expected]
@@ -99,6 +108,9 @@ class Contest(NamedTuple):
     limits: Limits = Limits()
     agreement: float | None = None
     """As it was measured when the challenger was loaded."""
+    system: str | None = None
+    """With which both are served, instead of an app's own; and the fields that override an app's."""
+    params: Mapping[str, Any] = MappingProxyType({})
 
 
 def measure(contest: Contest) -> Measured:
@@ -108,6 +120,7 @@ def measure(contest: Contest) -> Measured:
     notes: list[str] = []
     seed = dataset_name(contest.dataset)
     examples = list(read(contest.dataset))
+    champion_there(contest)
     share = agreed(contest, notes)
     found = preferences(contest, examples, notes)
     duels: list[Duel] = []
@@ -118,10 +131,11 @@ def measure(contest: Contest) -> Measured:
         until = time.monotonic() + contest.limits.seconds
         duels, referee = judged(contest, asked(contest, examples, seed, until, notes), examples, seed)
         told = golden_results(contest, until, notes)
+        champion_there(contest)
         if contest.judge is not None:
             referee = replace(referee, asked=contest.judge.asked, failed=contest.judge.failed)
     return Measured(
-        champion=champion_name(contest),
+        champion=contest.champion.model,
         challenger=contest.challenger.name,
         dataset=seed,
         agreement=share,
@@ -133,9 +147,12 @@ def measure(contest: Contest) -> Measured:
     )
 
 
-def champion_name(contest: Contest) -> str:
-    """What it is served under."""
-    return contest.champion.name if contest.champion else listing(contest.fleet.replicas[0]).base
+def champion_there(contest: Contest) -> None:
+    """Raises Unreachable where a replica lacks the champion: what it does not serve would seem to have lost."""
+    for replica in contest.fleet.replicas:
+        has = listing(replica)
+        if contest.champion.model not in (has.base, *has.adapters):
+            raise Unreachable(f"{replica.url} does not serve the champion {contest.champion.model}; load it first")
 
 
 def agreed(contest: Contest, notes: list[str]) -> float | None:
@@ -216,8 +233,8 @@ def _pairs(rows: Iterable[Example]) -> list[Example]:
 def _margins(contest: Contest, pairs: Sequence[Example]) -> tuple[list[float | str], list[float | str]]:
     """Of the champion and of the challenger, of each pair; or why there is none."""
     new, old, longest = contest.challenger, contest.champion, contest.limits.longest
-    before, after = str(old.adapter) if old else None, str(new.adapter)
-    if old is None or old.base == new.base:
+    before, after = old.adapter, str(new.adapter)
+    if old.base == new.base:
         champions, challengers = contest.score(new.base, [before, after], pairs, longest)
     else:
         (champions,) = contest.score(old.base, [before], pairs, longest)
@@ -258,7 +275,7 @@ def asked(contest: Contest, examples: Sequence[Example], seed: str, until: float
     """
     prompts = {prompt_text(one.messages): one for one in examples if one.split == "held_out"}
     chosen = sample(prompts.values(), contest.limits.duels, seed)
-    champion = champion_name(contest)
+    champion = contest.champion.model
     replicas = contest.fleet.replicas
     draws = min(MOST_DRAWS, contest.limits.duels // max(1, len(chosen))) if contest.limits.temperature else 1
     rounds = [(one, draw) for draw in range(max(1, draws)) for one in chosen]
@@ -372,7 +389,7 @@ def _longer(pair: Compared) -> int:
 
 def golden_results(contest: Contest, until: float, notes: list[str]) -> list[GoldenResult]:
     """Both versions on each golden."""
-    champion, replicas = champion_name(contest), contest.fleet.replicas
+    champion, replicas = contest.champion.model, contest.fleet.replicas
     grade = contest.judge.grade if contest.judge is not None else None
 
     def answered(numbered: tuple[int, Golden]) -> GoldenResult:
@@ -418,8 +435,17 @@ def both(
     """Both versions' answers, one after the other; whose comes second may find the prompt in a cache: `turned`."""
     names: dict[Side, str] = {"champion": champion, "challenger": contest.challenger.name}
     order = SIDES[::-1] if turned else SIDES
-    body = {"messages": list(messages), "max_tokens": contest.limits.tokens, **request}
+    body = {"messages": _dressed(messages, contest.system), "max_tokens": contest.limits.tokens}
+    body |= {**contest.params, **request}
     return {side: ask(replica, names[side], body) for side in order}
+
+
+def _dressed(messages: Sequence[Mapping[str, Any]], system: str | None) -> list[Mapping[str, Any]]:
+    """As the gateway dresses a chat: the arm's own system prompt in the place of the app's first one."""
+    if system is None:
+        return list(messages)
+    rest = messages[1:] if messages and messages[0].get("role") in ("system", "developer") else messages
+    return [{"role": "system", "content": system}, *rest]
 
 
 def ask(replica: Replica, model: str, body: Mapping[str, Any]) -> Answer:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class RewardModel(NamedTuple):
         """P(people prefer the first) of each pair, at equal length; None where it is nobody's referee."""
         if self.coefficients is None:
             return [None for _ in pairs]
-        told = _logits(self.coefficients, [difference(one.prompt, one.first, one.second) for one in pairs])
+        told = _level((difference(one.prompt, one.first, one.second) for one in pairs), len(pairs)) @ self.coefficients
         return [float(1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, self.steep * z))))) for z in told]
 
 
@@ -72,16 +72,16 @@ def fit(found: Iterable[Example]) -> RewardModel:
         users = len({who(one) for one in rows})
         if len(rows) < fewest or users < FEWEST_USERS:
             return nobody(f"{len(rows)} pairs of {users} users to {named}; it needs {fewest} pairs of {FEWEST_USERS}")
-    differences = [difference(prompt_text(one.messages), one.chosen or "", one.rejected or "") for one in train]
+    rows = _hashed(_differences(train))  # hashed one by one: as words they would take gigabytes
+    level = _level(_differences(train), len(train))
     weights, folds = np.array([one.weight for one in train]), np.array([_fold(who(one)) for one in train])
     others = np.zeros(len(train))
     for fold in sorted(set(folds.tolist())):
-        inside = [one for one, own in zip(differences, folds, strict=True) if own != fold]
-        if not inside:
+        inside, out = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        if not inside.size:
             return nobody("too few users gave the pairs to learn from")
-        out = [one for one, own in zip(differences, folds, strict=True) if own == fold]
-        others[folds == fold] = _logits(_fitted(inside, weights[folds != fold]), out)
-    model = RewardModel(nobody("").referee, _fitted(differences, weights), steepness(others, weights))
+        others[out] = level[out] @ _fitted(rows[inside], weights[inside])
+    model = RewardModel(nobody("").referee, _fitted(rows, weights), steepness(others, weights))
     return _measured(model, held_out)
 
 
@@ -123,26 +123,32 @@ def features(prompt: str, answer: str) -> Features:
     return found
 
 
-def _fitted(differences: Sequence[Features], weights: Floats) -> Floats:
+def _differences(found: Iterable[Example]) -> Iterator[Features]:
+    for one in found:
+        yield difference(prompt_text(one.messages), one.chosen or "", one.rejected or "")
+
+
+def _fitted(rows: Any, weights: Floats) -> Floats:
     """Coefficients of the hashed features. Each pair stands in there both ways round, or there would be one class."""
     from sklearn.linear_model import LogisticRegression
 
-    turned = [{name: -value for name, value in one.items()} for one in differences]
+    n = rows.shape[0]
+    both = rows[np.r_[0:n, 0:n]]
+    both.data[both.indptr[n] :] *= -1.0
     # liblinear has no threads, which would wait for each other where others use the cores.
     model = LogisticRegression(C=C, fit_intercept=False, solver="liblinear", tol=1e-3)
-    classes = np.repeat([1, 0], len(differences))
-    model.fit(_hashed([*differences, *turned]), classes, np.concatenate([weights, weights]))
+    model.fit(both, np.repeat([1, 0], n), np.concatenate([weights, weights]))
     return np.asarray(model.coef_[0], float)
 
 
-def _logits(coefficients: Floats, differences: Sequence[Features]) -> Floats:
-    if not differences:
-        return np.zeros(0)
-    level = [{name: value for name, value in one.items() if name != _LENGTH} for one in differences]
-    return np.asarray(_hashed(level) @ coefficients, float)
+def _level(differences: Iterable[Features], n: int) -> Any:
+    """The rows of as many pairs at equal length."""
+    if not n:
+        return np.zeros((0, FEATURES))
+    return _hashed({name: value for name, value in one.items() if name != _LENGTH} for one in differences)
 
 
-def _hashed(rows: Sequence[Features]) -> Any:
+def _hashed(rows: Iterable[Features]) -> Any:
     from sklearn.feature_extraction import FeatureHasher
 
     return FeatureHasher(FEATURES, input_type="dict").transform(rows)

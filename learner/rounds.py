@@ -22,7 +22,7 @@ from learner.spec import TrainSpec
 from router.store import Documents
 from telemetry.errors import StateError, UnderstudyError
 
-Step = Literal["dataset", "train", "register", "serve", "gate", "done", "failed", "dropped"]
+Step = Literal["dataset", "train", "register", "serve", "gate", "refuse", "done", "failed", "dropped"]
 LEASE = 60.0
 """Seconds for which a process that said nothing more still counts as at work."""
 

@@ -13,6 +13,7 @@ from learner.plan import Learner
 from learner.registry import Registry
 from learner.runners import Event, Runner
 from learner.serving import Fleet
+from router.policy import Arm
 from router.store import Documents
 from telemetry.errors import UnderstudyError
 
@@ -37,6 +38,8 @@ class Workshop(NamedTuple):
     """Whether training has one, and its bytes of memory if they are known."""
     arms: frozenset[str] = frozenset()
     """Models of the route's arms."""
+    lead: Arm | None = None
+    """The config's arm as which versions are dressed; None for a bare one with the base."""
     score: Score = peft_scores()
     gated: bool = False
     """Whether a challenger must pass a gate (always, but where parts of a round are tried by themselves)."""

@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from router.rollout import Rollout, Verb, Waits
+from router.rollout_policy import HALF, Stage
 from router.rollout_policy import Rollout as Policy
-from router.rollout_policy import Stage
 from router.trial import Standing, Watched
-
-HALF = 0.5
 
 
 class Move(NamedTuple):

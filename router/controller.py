@@ -158,6 +158,21 @@ class Controller:
             read = 0  # another journal than the one this mark was made on
         if self._threads is None:
             self._threads = self._remembered(read)
+        try:
+            facts, ripened, heard = self._take_in(read, now, lease.token)
+        except StateError:
+            self._decide((), now, lease.token)  # a rollback waits for no disk
+            raise
+        self._decide(facts, now, lease.token)
+        for one in ripened:
+            if one.mark > one.before:
+                self._store.mark(matured(one.window), one.mark, lease.token)
+        if facts:
+            self._store.mark("journal", facts[-1][0], lease.token)
+        return heard > 0 or BATCH in (len(facts), *(len(one.signals) for one in ripened))
+
+    def _take_in(self, read: int, now: float, token: int) -> tuple[list[tuple[int, Fact]], list[Ripened], int]:
+        """The next facts after `read`, and the signals that ripened; how many signals they told of."""
         facts = self._journal.read(read, BATCH)
         end = facts[-1][0] if facts else read
         ripened = [self._ripened(window, end, now) for window in {r.reward.window for r in self.routes.values()}]
@@ -174,16 +189,14 @@ class Controller:
             if self._told is not None:
                 self._tell(facts)
             self._silence(facts)
-            self._settle(sessions, marks, lease.token)
-        parts = self._rollouts.look(facts, now, lease.token)
+            self._settle(sessions, marks, token)
+        return facts, ripened, heard
+
+    def _decide(self, facts: Sequence[tuple[int, Fact]], now: float, token: int) -> None:
+        """Rollouts take their steps, and weights are published."""
+        parts = self._rollouts.look(facts, now, token)
         for route in self.routes.values():
-            self._publish(route, parts[route.name], now, lease.token)
-        for one in ripened:
-            if one.mark > one.before:
-                self._store.mark(matured(one.window), one.mark, lease.token)
-        if facts:
-            self._store.mark("journal", end, lease.token)
-        return heard > 0 or BATCH in (len(facts), *(len(one.signals) for one in ripened))
+            self._publish(route, parts[route.name], now, token)
 
     def _alive(self, now: float) -> Callable[[], object]:
         """Renews the lease of a round that began at `now` and lasts."""

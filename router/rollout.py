@@ -23,8 +23,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec.structs import replace
 
+from router.rollout_policy import HALF, Stage
 from router.rollout_policy import Rollout as Policy
-from router.rollout_policy import Stage
 from telemetry.errors import UnderstudyError
 from telemetry.events import Decision
 
@@ -64,6 +64,8 @@ CONTROL = 0.02
 """Share of sessions that the control keeps at least, as long as the challenger is not promoted: without it nothing
 could be said of the challenger any more."""
 CONTROLLER = "controller"
+DOUBTS = ("erased", "shadow")
+"""What an operator may excuse beside guardrails."""
 
 
 class Refused(UnderstudyError):
@@ -186,6 +188,9 @@ def turn(
             f"rollout {rollout.id} is {rollout.phase.replace('_', ' ')}: {verb} is not possible, {_can(rollout)}"
         )
     after = replace(rollout, phase=phase, why=why, waits=waits, policy=digest(policy))
+    left = rollout.stage(policy)
+    if verb == "advance" and left is not None and left.kind == "shadow":
+        after = replace(after, excused=tuple(one for one in after.excused if one in DOUBTS))  # users are another matter
     if verb in ("start", "advance"):
         step = rollout.step + (verb == "advance")
         after = replace(after, step=step, step_began=now, share=given(policy, step))
@@ -210,13 +215,19 @@ def approve(rollout: Rollout, what: Literal["begin", "promote"], actor: str, why
 def rearranged(rollout: Rollout, policy: Policy, now: float) -> Rollout | None:
     """At its place among the steps, if they were changed; else None. That is the step that gives what it has had, or
     next less; or the first one."""
-    if given(policy, rollout.step) == rollout.share:
+    if given(policy, rollout.step) == rollout.share or rollout.policy == digest(policy):
         return None
     gives = [given(policy, step) for step in range(len(policy.stages))]
     step = gives.index(max((share for share in gives if share <= rollout.share), default=gives[0]))
     why = f"the steps were changed: now at step {step + 1} of {len(policy.stages)}"
     after = replace(
-        rollout, step=step, step_began=now, share=given(policy, step), passed=-1, why=why, policy=digest(policy)
+        rollout,
+        step=step,
+        step_began=now,
+        share=min(given(policy, step), max(rollout.share, HALF)),
+        passed=-1,
+        why=why,
+        policy=digest(policy),
     )
     return told(after, "advance", CONTROLLER, why, now, {})
 

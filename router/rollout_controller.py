@@ -176,7 +176,7 @@ class RolloutController:
         self, rollout: Rollout, now: float, champion: str, baseline: Callable[[], float], budget: float | None
     ) -> Rollout | None:
         waits: Waits = ""
-        if why := self._unfit(rollout):
+        if why := self._unfit(rollout) or self._erased(rollout):
             return turn(rollout, "rollback", CONTROLLER, why, now, self.policy)
         if "begin" in self.policy.require_approval and "begin" not in rollout.approved:
             waits = "begin"
@@ -224,12 +224,16 @@ class RolloutController:
 
     def _doubts(self, rollout: Rollout, judged: Judged | None) -> Iterator[tuple[str, str]]:
         """What an operator must look at who has not done so yet."""
-        tags = self._registrar.tags(rollout.challenger)
-        if "erased" in tags and "erased" not in rollout.excused:
-            yield "erased", f"data that {rollout.challenger} learned from was erased: {tags['erased']}"
+        erased = self._erased(rollout)
+        if erased and "erased" not in rollout.excused:
+            yield "erased", erased
         if judged is not None and judged.lost() and "shadow" not in rollout.excused:
             share = judged.score / judged.judged
             yield "shadow", f"a judge of {judged.judged} shadow answers gives the challenger {share:.0%} of the wins"
+
+    def _erased(self, rollout: Rollout) -> str:
+        why = self._registrar.tags(rollout.challenger).get("erased")
+        return f"data that {rollout.challenger} learned from was erased: {why}" if why else ""
 
     def _unfit(self, rollout: Rollout) -> str:
         tags = self._registrar.tags(rollout.challenger)
@@ -389,6 +393,7 @@ def undo(
 
     Raises Refused if there is none to go back from.
     """
+    meant: str | None = None
     while True:
         body, rollout = load(documents, route)
         if rollout is not None and rollout.phase == "promoting":  # first, so that there is something to go back from
@@ -404,13 +409,15 @@ def undo(
             continue
         aliases = registrar.aliases(route)
         champion, before = aliases.get("champion"), aliases.get("previous")
+        if meant is not None and champion != meant:
+            return meant, champion  # the controller, or somebody else, was quicker
         if champion is None:
             raise Refused(f"route {route}'s champion is the config's own arm; there is nothing to undo")
         if rollout is not None and rollout.phase in ("pending", "running", "paused"):
             with contextlib.suppress(Refused):  # somebody moved it meanwhile
                 ask(documents, route, "rollback", actor, f"undo: {why}", now, policy)
             continue
-        found = {"undone": champion, "champion": before}
+        found, meant = {"undone": champion, "champion": before}, champion
         if rollout is not None and rollout.phase == "promoted" and rollout.challenger == champion:
             after = turn(rollout, "undo", actor, why, now, policy, found)
             documents.swap(_name(route), body, msgspec.json.encode(after))

@@ -39,6 +39,8 @@ class Stage(Written):
         return next(kind for kind in STEPS if getattr(self, kind) is not None)
 
 
+HALF = 0.5
+"""The share above which a challenger must be shown to be no worse."""
 StepKind = Literal["share", "shadow", "pause", "analysis"]
 STEPS: tuple[StepKind, ...] = ("share", "shadow", "pause", "analysis")
 
@@ -141,6 +143,11 @@ class Rollout(Written):
             if stage.share is not None and stage.share <= last:
                 raise fault(f"does not rise; make it more than the {last:g} before it", str(place), "share")
             last = stage.share or last
+        first = next((place for place, stage in enumerate(stages) if stage.share is not None), None)
+        if first is not None and (stages[first].share or 0.0) > HALF:
+            raise fault(
+                f"gives more than half before anything is proven; begin with {HALF:g} or less", str(first), "share"
+            )
         if not last:
             raise ValueError("give the challenger no share of sessions; add {share: 0.05}, say")
         return stages

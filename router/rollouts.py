@@ -81,7 +81,11 @@ class Rollouts:
         for route, one in self._of.items():
             rollout, unread = one.find()
             if unread and rollout is not None:
-                self._read_back(one, rollout, read, marks[route], alive)
+                try:
+                    self._read_back(one, rollout, read, marks[route], alive)
+                except BaseException:
+                    one.forget()  # half of the evidence is none
+                    raise
                 shown = standing_of(self._store, route)
                 if shown is not None and shown.at >= rollout.began:
                     one.standing = shown  # with the looks of the controller before
@@ -164,7 +168,10 @@ class Rollouts:
         name = f"budget:{route}"
         if route not in self._budgets:
             body = self._store.kept(name)
-            self._budgets[route] = msgspec.json.decode(body, type=Spent) if body else Spent()
+            known = msgspec.json.decode(body, type=Spent) if body else Spent()
+            if known.through > self._journal.last():
+                known = msgspec.structs.replace(known, through=0)  # of another journal
+            self._budgets[route] = known
         own = [(seq, fact) for seq, fact in facts if isinstance(fact, Interaction) and fact.route == route]
         after = self._budgets[route].plus(own, policy.error_budget.window)
         if after != self._budgets[route]:

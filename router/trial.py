@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router import guardrails
+from router.budget import is_failure
 from router.reward import NOT_DRAWN
 from router.rollout import Rollout
 from router.rollout_policy import Guardrail
@@ -130,6 +131,9 @@ def judged_name(rollout: str) -> str:
     return f"shadow/{rollout}"
 
 
+BASELINE_MASS = 20.0
+"""How many sessions the baseline of the start is worth."""
+
 ROW = np.dtype(
     [
         ("at", "f8"), ("ours", "?"), ("p", "f8"), ("k", "f8"), ("latency", "f8"), ("first_byte", "f8"),
@@ -181,9 +185,8 @@ class Trial:
             self._rows = _with_room(self._rows, self._known)
             ours = who.arm == self._challenger
             p, k = (who.propensity, who.rival) if ours else (who.rival, who.propensity)
-            times = (math.nan, math.nan) if fact.error else (fact.duration, fact.first_byte or fact.duration)
-            self._rows[place] = fact.at, ours, p, k, *times, False, math.nan, False, False
-        if fact.error not in (None, "client_left"):
+            self._rows[place] = fact.at, ours, p, k, *_took(fact), False, math.nan, False, False
+        if is_failure(fact):
             self._rows[place]["error"] = True
 
     def heard(self, session: Session, heard: Heard) -> None:
@@ -280,6 +283,13 @@ def limit_of(rail: Guardrail) -> str:
     return " or ".join(said) or "as drawn"
 
 
+def _took(fact: Interaction) -> tuple[float, float]:
+    """Seconds of an answer and to its first byte; NaN is not known. Who left before the first byte waited that long."""
+    if fact.error == "client_left":
+        return (math.nan, fact.first_byte) if fact.first_byte is not None else (fact.duration, fact.duration)
+    return (math.nan, math.nan) if fact.error else (fact.duration, fact.first_byte or fact.duration)
+
+
 def _verdict(lower: float, upper: float, margin: float) -> Verdict:
     if upper < 0.0:
         return "failed"
@@ -289,6 +299,9 @@ def _verdict(lower: float, upper: float, margin: float) -> Verdict:
 def _scores(rows: Rows, baseline: float) -> tuple[float, float, float, float]:
     """n, Σh, Σy, Σy² of the judged sessions (`router.stats.scores` with `overlap` weights, written out)."""
     judged = rows[~np.isnan(rows["reward"])]
+    # Sessions that are missing on one side (its users react less) must not look like a difference: the nearer the
+    # baseline is to the mean, the less they do. It is the start's, moved by what was heard since.
+    baseline = (BASELINE_MASS * baseline + float(judged["reward"].sum())) / (BASELINE_MASS + judged.size)
     h = judged["p"] * judged["k"] / (judged["p"] + judged["k"])
     y = np.where(judged["ours"], h / judged["p"], -h / judged["k"]) * (judged["reward"] - baseline)
     return float(judged.size), float(h.sum()), float(y.sum()), float((y * y).sum())

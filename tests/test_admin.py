@@ -226,7 +226,7 @@ def test_whatever_comes_in_is_text(planted: Settings) -> None:
     [
         ({}, {"looks": 12, "at_once": 100, "errors": (0.15, 0.01)}, "rolled_back", ["rolled back", "tripped"]),
         ({"rollout": {"require_approval": ["begin"]}}, {"looks": 1}, "pending", ["approval to begin", "Not looked at"]),
-        ({"rollout": {"stages": [{"pause": True}, {"share": 1.0}]}}, {"looks": 2}, "paused", ["an operator"]),
+        ({"rollout": {"stages": [{"pause": True}, {"share": 0.5}]}}, {"looks": 2}, "paused", ["an operator"]),
         (
             {"rollout": {"stages": [{"share": 0.5, "min_sessions": 0, "min_time": 0}]}},
             {"looks": 24, "at_once": 160, "good": (0.8, 0.5)},

@@ -19,7 +19,7 @@ from preferences import dataset, pairs, unpaired
 
 from learner import shards
 from learner.answers import peft, peft_scores
-from learner.evaluate import Contest, Limits, measure, sample
+from learner.evaluate import Champion, Contest, Limits, measure, sample
 from learner.examples import Example
 from learner.expectations import Golden
 from learner.form import Answer, broken, repeats
@@ -101,7 +101,8 @@ def scorer(base: str, adapters: Sequence[str | None], rows: Sequence[Example], m
 
 def contest(served: Served, data: Path, **more: Any) -> Contest:
     words: dict[str, Any] = {
-        "challenger": version(NEW), "champion": None, "fleet": Fleet([served.replica], 3), "score": scorer,
+        "challenger": version(NEW), "champion": Champion("base", version(NEW).base),
+        "fleet": Fleet([served.replica], 3), "score": scorer,
         "expected": [Expected([7], [1, 2, 3])], "dataset": data,
     }  # fmt: skip
     return Contest(**words | more)
@@ -287,7 +288,11 @@ def test_a_champion_of_another_base_is_scored_over_its_own(served: Served, data:
     served.adapters[OLD], served.speaks[OLD] = f"/versions/{OLD}/adapter", served.speaks["base"]
     old = version(OLD)
     for base in (old.base, "/models/old"):
-        found = measure(contest(served, data, champion=replace(old, base=base), score=noted, limits=Limits(duels=1)))
+        found = measure(
+            contest(
+                served, data, champion=Champion(old.name, base, str(old.adapter)), score=noted, limits=Limits(duels=1)
+            )
+        )
         assert found.champion == OLD
     mine, its = f"/versions/{NEW}/adapter", f"/versions/{OLD}/adapter"
     assert asked == [("/models/base", [its, mine]), ("/models/old", [its]), ("/models/base", [mine])]
@@ -523,7 +528,8 @@ def test_on_vllm_the_version_that_was_tuned_to_help_is_seen_to_help(
     expected = [Expected(one["prompt_ids"], one["token_ids"], chat) for one, chat in zip(said, prompts, strict=True)]
     assert load_adapter(replica, NEW, str(careful.adapter))
     asked = Contest(
-        challenger=careful, champion=None, fleet=Fleet([replica], 3), score=peft_scores(), expected=expected,
+        challenger=careful, champion=Champion("base", careful.base), fleet=Fleet([replica], 3),
+        score=peft_scores(), expected=expected,
         dataset=much, goldens=[golden("saw", "What kind of thing is a saw?", text="tool")],
         limits=Limits(duels=40, tokens=32, temperature=1.0),
     )  # fmt: skip

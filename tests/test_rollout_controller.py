@@ -160,8 +160,11 @@ def test_without_a_challenger_weights_are_left_alone() -> None:
 
 
 def test_at_its_last_step_the_control_goes_on_being_drawn_by_fixed_shares_too(house: House) -> None:
-    house.plan(rules({"share": 1.0}), Split(kind="split", shares={LEAD: 1.0}))
+    house.plan(rules({"share": 0.5}, {"share": 1.0}), Split(kind="split", shares={LEAD: 1.0}))
     version = house.begun()
+    house.sessions(400, {version: 1.0, LEAD: 0.0})
+    house.step(20.0)
+    house.step()
     assert house.share(LEAD) == pytest.approx(CONTROL)
     drawn = house.sessions(2000, {version: 1.0, LEAD: 0.0})
     house.step(20.0)
@@ -544,8 +547,8 @@ def test_shares_stay_exact_for_any_weights() -> None:
         n = int(random.integers(1, 5))
         arms = {f"a{i}": Arm(model="m", max_share=float(random.uniform(0.05, 1.0))) for i in range(n)}
         share, holdout = float(random.uniform(0.01, 0.9)), float(random.choice([0.0, 0.05, 0.3]))
-        rollout = Rollout(id="x", route=ROUTE, number=1, challenger="new", phase="running", share=share)
-        parts = with_challenger(cast(arms, {}), arms, rollout, rules({"share": share}))
+        rollout = Rollout(id="x", route=ROUTE, number=1, challenger="new", phase="running", share=share, step=1)
+        parts = with_challenger(cast(arms, {}), arms, rollout, rules({"share": share / 2}, {"share": share}))
         row = dict(zip(parts.arms, random.dirichlet(np.ones(n + 1)).tolist(), strict=True))
         found = capped({"": row}, parts, holdout)[""]
         assert list(found) == list(row)

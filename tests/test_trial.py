@@ -16,7 +16,7 @@ from router.rollout import Rollout
 from router.rollout_policy import Guardrail, Stage
 from router.rollout_policy import Rollout as Policy
 from router.stats import Evidence, overlap, scores, tuned_rho, variance_to_detect
-from router.trial import DETECT, LEAST_JUDGED, ROW, Heard, Standing, Trial, Watched
+from router.trial import BASELINE_MASS, DETECT, LEAST_JUDGED, ROW, Heard, Standing, Trial, Watched
 from telemetry.events import Answerer, Interaction, Shadow
 
 NOW = 1_800_000_000.0
@@ -171,13 +171,15 @@ def test_of_a_step_those_judged_sessions_count_that_began_in_it() -> None:
 def test_scores_are_those_of_the_statistics() -> None:
     trial, evidence = Trial(ROLLOUT), Evidence()
     random = np.random.default_rng(1)
-    for n in range(60):
+    rewards = random.random(60).tolist()
+    baseline = (BASELINE_MASS * 0.6 + sum(rewards)) / (BASELINE_MASS + 60)
+    for n, reward in enumerate(rewards):
         ours, p = bool(n % 3 == 0), float(random.choice([0.05, 0.2, 0.5]))
-        reward, k = float(random.random()), 0.9 - p
+        k = 0.9 - p
         trial.request(answer(f"s{n}", "new" if ours else "old", *((p, k) if ours else (k, p))))
         trial.heard(("t", f"s{n}"), Heard(reward, False, True))
         h = float(overlap(p, k))
-        evidence = evidence.plus(float(scores(1 if ours else -1, p if ours else k, reward, 0.6, h)), h)
+        evidence = evidence.plus(float(scores(1 if ours else -1, p if ours else k, reward, baseline, h)), h)
     alpha = 0.04  # guardrails have the fifth of it
     rho = tuned_rho(variance_to_detect(DETECT, alpha), alpha, 1)
     found = stands(trial)
@@ -358,3 +360,37 @@ def test_a_million_sessions_are_looked_at_in_less_than_a_second() -> None:
     began = time.process_time()
     stands(trial)
     assert time.process_time() - began < 1.0  # 0.25 s on an idle core
+
+
+def test_sessions_that_are_missing_on_one_side_are_no_difference() -> None:
+    trial, random = Trial(ROLLOUT), np.random.default_rng(3)
+    for n in range(1200):
+        ours = bool(random.random() < 0.5)
+        if ours and n > 800:
+            continue  # its adapter is gone: the champion stands in, which counts for nobody
+        trial.request(answer(f"s{n}", "new" if ours else "old", 0.5, 0.5))
+        trial.heard(("t", f"s{n}"), Heard(float(random.random() < 0.85), False, True))
+    found = stands(trial)
+    assert found.verdict != "failed"
+    assert found.difference is not None
+    assert abs(found.difference) < 0.05
+
+
+def test_who_leaves_before_the_first_byte_waited_that_long() -> None:
+    trial = Trial(ROLLOUT)
+    for n in range(600):
+        ours = n % 2 == 0
+        gone = {"error": "client_left", "duration": 30.0, "first_byte": None} if ours else {}
+        trial.request(answer(f"s{n}", "new" if ours else "old", 0.5, 0.5, **gone))
+    slow = Guardrail(metric="latency_p99", above=2.0, action="rollback")
+    (watched,) = stands(trial, POLICY.model_copy(update={"guardrails": (slow,)})).guardrails
+    assert watched.tripped
+
+
+def test_what_a_client_asked_wrongly_is_no_failure_of_the_version() -> None:
+    trial = Trial(ROLLOUT)
+    for n in range(400):
+        ours = n % 2 == 0
+        wrong = {"error": "upstream_error", "status": 400} if ours else {}
+        trial.request(answer(f"s{n}", "new" if ours else "old", 0.5, 0.5, **wrong))
+    assert stands(trial).challenger.errors == 0

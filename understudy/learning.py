@@ -17,6 +17,7 @@ from learner.registry import Registry, RegistryError
 from learner.rounds import owner_name
 from learner.serving import Fleet, Replica
 from learner.workshop import Workshop
+from router.casting import lead_of
 from router.store import Store
 from telemetry.errors import UnderstudyError
 from telemetry.journal import Journal
@@ -95,6 +96,7 @@ def workshop(settings: Settings, route: str, journal: Journal, store: Store) -> 
         threads=plan.threads,
         gpu=gpu_for(plan.runner),
         arms=frozenset(arm.model for arm in settings.routes[route].arms.values()),
+        lead=settings.routes[route].arms[lead_of(settings.routes[route].arms)],
         score=answers.peft_scores(str(plan.runner.python) if plan.runner.python else None, plan.threads),
         gated=True,
         rolls_out=settings.routes[route].rollout is not None,

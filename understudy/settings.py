@@ -233,6 +233,8 @@ class Route(Written):
         url = urlsplit(self.rollout.webhook) if self.rollout is not None and self.rollout.webhook else None
         if url is not None and (url.scheme not in ("http", "https") or not url.hostname):
             raise fault("is no web URL; write one like https://example.org/hook", "rollout", "webhook")
+        if url is not None and (url.username or url.password):
+            raise fault("carries a user or password, which would be told to logs; use a path", "rollout", "webhook")
         return self
 
     @model_validator(mode="after")

@@ -56,11 +56,14 @@ def add_rollout(commands: Commands) -> None:
 
 def _opened(arguments: Arguments) -> tuple[Settings, Store, str, Rollout]:
     from router.rollout import Refused
+    from router.rollout_policy import Rollout as Policy
     from understudy.compose import open_store
 
     settings = config.load(arguments.config)
     route = route_named(settings, arguments.route)
     policy = settings.routes[route].rollout
+    if policy is None and arguments.verb in ("abort", "undo"):
+        policy = Policy()  # taken out of the config in the middle: what runs must be stoppable
     if policy is None:
         raise Refused(
             f"route {route} has no rollout in the config; write routes.{route}.rollout: {{}} for the defaults"
@@ -91,16 +94,20 @@ def _status(arguments: Arguments) -> int:
 
 def _start(arguments: Arguments) -> int:
     from learner.registry import Registry
+    from learner.replica import Replica, listing
     from router.rollout import Refused
     from router.rollout_controller import ask, propose
 
-    _, store, route, policy = _opened(arguments)
+    settings, store, route, policy = _opened(arguments)
     who = _actor(arguments, store, policy, "begin")
     registry = Registry(store)
     version = registry.version(arguments.version)
     gate = registry.tags(version.name).get("gate", "none")
     if gate != "pass" and not arguments.ungated:
         raise Refused(f"{version.name} has not passed a gate ({gate}); `understudy gate` it, or say --ungated")
+    for upstream in settings.routes[route].upstreams:
+        if version.name not in listing(Replica(upstream.url, upstream.api_key)).adapters:
+            raise Refused(f"{upstream.url} does not serve {version.name}; load it there first")
     why = arguments.why or ("it passed its gate" if gate == "pass" else f"asked for without a gate ({gate})")
     rollout = propose(store, registry, route, version.name, who, why, time.time())
     if "begin" in policy.require_approval:
@@ -110,14 +117,17 @@ def _start(arguments: Arguments) -> int:
 
 
 def _ask(arguments: Arguments) -> int:
-    from router.rollout_controller import ask
+    from router.rollout_controller import ask, load
     from router.rollouts import standing_of
 
     _, store, route, policy = _opened(arguments)
     verb: Literal["promote", "pause", "resume", "rollback"] = (
         "rollback" if arguments.verb == "abort" else arguments.verb
     )
-    who = _actor(arguments, store, policy, "promote" if verb == "promote" else None)
+    _, rollout = load(store, route)
+    waiting = rollout is not None and rollout.phase == "pending"
+    needs: Literal["begin", "promote"] = "begin" if waiting else "promote"
+    who = _actor(arguments, store, policy, needs if verb == "promote" else None)
     why = arguments.why or f"{arguments.verb} by {who}"
     after = ask(store, route, verb, who, why, time.time(), policy, standing_of(store, route))
     done = _seen(store, route, after.challenger, after.phase)
