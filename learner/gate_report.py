@@ -98,15 +98,18 @@ def without(report: Report, users: Collection[str] = (), ids: Collection[str] = 
     return replace(report, checks=checks)
 
 
-def clean(folder: Path, ids: Collection[str]) -> None:
-    """Take the text of these items out of all reports below a folder; one that cannot be read is taken away."""
+def clean(folder: Path, ids: Collection[str] = (), users: Collection[str] = ()) -> None:
+    """Take the text of these items, or of these people's (`people.who`), out of all reports below a folder.
+
+    One that cannot be read is taken away: it may hold what must go.
+    """
     for path in folder.glob(f"*/{JSON}"):
         try:
             known = read(path.parent)
         except BadReport:
             shutil.rmtree(path.parent)
             continue
-        after = without(known.report, ids=ids)
+        after = without(known.report, users, ids)
         if after != known.report:
             write(path.parent, after, known.diagnosis)
 

@@ -90,7 +90,7 @@ def gate(shop: Workshop, version: Version, data: Path) -> Gated:
 def check_gate(shop: Workshop) -> None:
     """Raises Refused or BadGoldens for what no gate could tell, before anything is trained."""
     goldens = expectations.load(shop.plan.dataset.goldens)
-    if not shop.gated:
+    if shop.gate is None:
         return
     policy, kinds = shop.plan.gate, {golden.kind for golden in goldens}
     if "code" in kinds and not policy.allow_code:
@@ -136,7 +136,8 @@ def gated(shop: Workshop, round: Round, say: Say) -> Round:
     if rolled_out(shop, round.version):
         return replace(round, step="done")
     version, data = shop.registry.version(round.version), Path(round.dataset)
-    report, diagnosis, page = gate(shop, version, data)
+    assert shop.gate is not None
+    report, diagnosis, page = shop.gate(shop, version, data)
     say("gate", {"verdict": report.verdict, "why": report.why, "page": str(page)})
     if report.verdict == "pass":
         _roll_out(shop, version, report)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from learner import dataset
 from learner.answers import Generate, Score, peft_scores
 from learner.loaded import Stage
 from learner.plan import Learner
-from learner.registry import Registry
+from learner.registry import Registry, Version
 from learner.runners import Event, Runner
 from learner.serving import Fleet
 from router.policy import Arm
@@ -41,8 +41,8 @@ class Workshop(NamedTuple):
     lead: Arm | None = None
     """The config's arm as which versions are dressed; None for a bare one with the base."""
     score: Score = peft_scores()
-    gated: bool = False
-    """Whether a challenger must pass a gate (always, but where parts of a round are tried by themselves)."""
+    gate: Callable[[Workshop, Version, Path], Any] | None = None
+    """What a challenger must pass, `learner.gating.gate`; None where a round ends before."""
     rolls_out: bool = False
     """Whether what passed is rolled out by the controller."""
 

@@ -65,7 +65,8 @@ class Trainer:
             raise self.faults.pop(0)
         adapter = Path(spec.output) / "adapter"
         adapter.mkdir(parents=True)
-        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        alpha = 8 if spec.hyper.learning_rate > 2e-5 else 4  # another training makes another adapter
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": alpha, "target_modules": ["q_proj"]}
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         sides = {"lora_A": (4, 8), "lora_B": (8, 4)}
         named = {f"base_model__model__m__q_proj__{side}__weight": shape for side, shape in sides.items()}

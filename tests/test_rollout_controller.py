@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from rollout_house import ARMS, LEAD, ROUTE, House, registered, rules
 
+from learner.registry import Registry
 from router.budget import Spent
 from router.casting import Parts, capped, cast, with_challenger
 from router.controller import Controller
@@ -22,8 +25,8 @@ from router.rollout_controller import ask, propose, undo
 from router.rollout_policy import ErrorBudget
 from router.rollouts import standing_of
 from router.store_sqlite import SqliteStore
-from telemetry.errors import StateUnavailable
-from telemetry.events import Answerer, Interaction, Shadow
+from telemetry.errors import StateError, StateUnavailable
+from telemetry.events import Answerer, Interaction, Shadow, Thread
 from telemetry.journal import Journal
 
 
@@ -584,3 +587,111 @@ def test_the_bench_says_how_far_each_bar_is_met() -> None:
         assert one["kept"]["minimums"]
         assert one["kept"]["none after"]
         assert one["promoted"] + one["rolled_back"] + one["paused"] + one["running"] == pytest.approx(1.0)
+
+
+# What must hold though something is wrong.
+
+
+def test_a_full_disk_keeps_no_challenger_on_stage(house: House) -> None:
+    version = house.begun()
+    assert house.share(version) > 0
+    same = {"messages": [{"role": "user", "content": "again"}], "input_hash": "h"}
+    asked = [
+        Interaction(
+            event_id=f"a{n}", at=house.now + n, request_id=f"{n:032x}", route=ROUTE, tenant="t", session="twice",
+            answerer=Answerer(LEAD, "base"), status=200, answer="so", thread=Thread("asked", f"said{n}"), **same,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    house.journal.append(asked)
+    house.ask("rollback")
+    full = house.controller(journal=Full(house.journal))
+    house.one = full
+    with contextlib.suppress(StateError):
+        house.step()
+    assert house.share(version) == 0.0
+    assert house.rollout.phase == "rolled_back"
+
+
+def test_undo_undoes_one_champion_though_the_controller_was_quicker(house: House) -> None:
+    first = house.begun(1)
+    until(house, "promoted", first)
+    second = house.begun(2)
+    until(house, "promoted", second)
+
+    class Quick:
+        """A store whose controller takes its step right after each write."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(house.store, name)
+
+        def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
+            done = house.store.swap(name, old, new)
+            if name.startswith("rollout/"):
+                house.step()
+            return done
+
+    assert undo(Quick(), Registry(house.store), ROUTE, "ann", "why", house.now, house.rules) == (second, first)  # type: ignore[arg-type]
+    assert house.registry.aliases(ROUTE) == {"champion": first}
+    assert "quarantined" not in house.registry.tags(first)
+
+
+def test_what_was_excused_in_the_shadow_counts_again_before_users(house: House) -> None:
+    rail = {"metric": "error_rate", "worse_by": 1.5, "action": "pause"}
+    house.plan(rules({"shadow": 0.5}, {"share": 0.5}, guardrails=[rail]))
+    version = house.begun()
+    shadowed = [
+        Shadow(
+            event_id=f"s{n}", at=house.now, route=ROUTE, tenant="t", rollout=house.rollout.id, model=version, of=f"{n}",
+            error="upstream_error", duration=1.0, shown_duration=1.0,
+        )
+        for n in range(100)
+    ]  # fmt: skip
+    house.journal.append(shadowed)
+    house.step(20.0)
+    assert house.rollout.phase == "paused"
+    ask(house.store, ROUTE, "resume", "ann", "seen", house.now, house.rules, standing_of(house.store, ROUTE))
+    house.step(20.0)
+    assert (house.rollout.step, house.rollout.excused) == (1, ())
+
+
+def test_half_of_the_evidence_is_none_when_it_could_not_be_read_back(house: House) -> None:
+    version = house.begun()
+    house.sessions(100, {version: 1.0, LEAD: 0.0})
+    house.step()
+
+    class Torn:
+        def __init__(self) -> None:
+            self.times = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(house.journal, name)
+
+        def heard_about(self, *words: Any) -> Any:
+            self.times += 1
+            if self.times == 1:
+                raise StateUnavailable("the disk is away")
+            return house.journal.heard_about(*words)
+
+    other = house.controller(owner="one", journal=Torn())
+    with contextlib.suppress(StateError):
+        house.step(controller=other)
+    house.step(controller=other)
+    standing = standing_of(house.store, ROUTE)
+    assert standing is not None
+    assert standing.challenger.judged + standing.control.judged == 100
+
+
+def test_erased_data_ends_a_rollout_that_has_not_begun(house: House) -> None:
+    house.plan(rules({"share": 0.2}, require_approval=["begin"]))
+    version = house.propose()
+    house.step()
+    house.registry.tag(version, "erased", "a user asked")
+    ask(house.store, ROUTE, "approve", "ann", "fine", house.now, house.rules)
+    house.step()
+    assert house.rollout.phase == "rolled_back"
+
+
+def test_more_than_half_at_once_is_no_rollout() -> None:
+    with pytest.raises(ValidationError, match="more than half before anything is proven"):
+        rules({"shadow": 0.1}, {"share": 0.6})

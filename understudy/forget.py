@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from gateway.auth import Pseudonyms
+from learner import gate_report
 from learner.dataset import sweep
 from learner.erase import erase_everywhere
 from learner.examples import Example
+from learner.people import person
 from learner.registry import Registry
 from router.store import Store
 from telemetry.errors import StateError
@@ -81,6 +83,7 @@ def _forget_examples(
 
     for folder in sorted({folder.resolve() for folder in learners}):
         sweep(folder / "datasets", 0.0)
+        gate_report.clean(folder / "gates", users={person(tenant, name, "")})
         count, versions = erase_everywhere(folder, Registry(store), gone, "data of a user was erased")
         found.examples += count
         found.versions += tuple(versions)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from learner import answers, clusters
+from learner import answers, clusters, gating
 from learner.dataset import Source
 from learner.lineage import Archive
 from learner.plan import DatasetPolicy, Learner, Runner
@@ -98,7 +98,7 @@ def workshop(settings: Settings, route: str, journal: Journal, store: Store) -> 
         arms=frozenset(arm.model for arm in settings.routes[route].arms.values()),
         lead=settings.routes[route].arms[lead_of(settings.routes[route].arms)],
         score=answers.peft_scores(str(plan.runner.python) if plan.runner.python else None, plan.threads),
-        gated=True,
+        gate=gating.gate,
         rolls_out=settings.routes[route].rollout is not None,
     )
 

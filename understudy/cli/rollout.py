@@ -133,7 +133,7 @@ def _ask(arguments: Arguments) -> int:
     done = _seen(store, route, after.challenger, after.phase)
     data = {"rollout": after.id, "challenger": after.challenger, "phase": after.phase, "in_effect": done}
     emit(arguments, data, lambda: print(_sentence(f"{after.id} is {after.phase.replace('_', ' ')}", done)))
-    return 0
+    return 0 if done else 1
 
 
 def _undo(arguments: Arguments) -> int:
@@ -147,7 +147,7 @@ def _undo(arguments: Arguments) -> int:
     now = back or "the config's own arm"
     data = {"undone": gone, "champion": back, "in_effect": done}
     emit(arguments, data, lambda: print(_sentence(f"{now} is the champion again, instead of {gone}", done)))
-    return 0
+    return 0 if done else 1
 
 
 def _seen(store: Store, route: str, challenger: str, phase: str) -> bool:
