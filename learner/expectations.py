@@ -42,7 +42,7 @@ Kind = Literal["text", "regex", "json_schema", "tool_call", "rubric", "code", "r
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SENT = ("tools", "response_format", "max_tokens")
 """What an entry may send beside its prompt."""
-_KEYS = {"id", *goldens.KEYS, "owner", EXPECT, "must", *SENT}
+_KEYS = {"id", *goldens.KEYS, "owner", EXPECT, "must", "from", *SENT}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ANSWER_CHARS = 100_000
 """Of an answer, looked at."""

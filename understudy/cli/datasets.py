@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_dataset(commands: Commands) -> None:
     about = commands.add_parser("dataset", help="Build, look at and export what a model learns from.")
-    verbs = about.add_subparsers(metavar="build|show|export", required=True)
+    verbs = about.add_subparsers(metavar="build|show|export|goldens", required=True)
 
     help = "Make a dataset of the journal's feedback; the same journal and policy give the same bytes."
     build = verbs.add_parser("build", help=help, description=help)
@@ -41,7 +41,14 @@ def add_dataset(commands: Commands) -> None:
     export.add_argument("--to", choices=("huggingface", "argilla", "label-studio"), required=True, help="the format")
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.add_argument("--users", action="store_true", help="with the users' pseudonyms")
-    for verb in (build, show, export):
+    help = "Draft goldens of what people corrected and preferred, for an owner to review. It is put on record."
+    goldens = verbs.add_parser("goldens", help=help, description=help)
+    goldens.set_defaults(run=_goldens)
+    goldens.add_argument("folder", type=Path, help="a dataset's folder")
+    goldens.add_argument("--out", type=Path, required=True, help="YAML file to be made")
+    goldens.add_argument("--limit", type=int, default=20, help="drafts, at most (default: %(default)s)")
+    goldens.add_argument("--route", help="needed where the config has several")
+    for verb in (build, show, export, goldens):
         config_option(verb)
         json_option(verb)
 
@@ -71,6 +78,26 @@ def _build(arguments: Arguments) -> int:
         _on_record(journal, f"what was dropped from dataset {built.folder.name}")
     data = {"folder": str(built.folder), "hash": built.hash, "manifest": built.manifest}
     emit(arguments, data, lambda: show_learning.built(built))
+    return 0
+
+
+def _goldens(arguments: Arguments) -> int:
+    from learner import drafts, goldens, shards
+    from telemetry.errors import StateError
+    from telemetry.journal import Journal
+    from understudy import learning
+
+    settings = config.load(arguments.config)
+    policy = learning.dataset_policy(settings, route_named(settings, arguments.route), None)
+    known = goldens.load(policy.goldens)
+    found = drafts.drafts(shards.read(arguments.folder), known, arguments.limit)
+    _on_record(Journal(settings.journal_path), f"drafts of goldens from dataset {arguments.folder.name}")
+    try:
+        drafts.write(arguments.out, found)
+    except FileExistsError:
+        raise StateError(f"{arguments.out} is there already, maybe with somebody's review; name another file") from None
+    data = {"drafts": len(found), "file": str(arguments.out)}
+    emit(arguments, data, lambda: print(f"{len(found)} drafts in {arguments.out}; an owner must review each"))
     return 0
 
 
