@@ -37,7 +37,7 @@ BUILD = "from pathlib import Path; from understudy.demo.tiny_model import build;
 SHORT = msgspec.structs.replace(TINY, batch=8, max_epochs=1.25, evaluate_every=5, dropout=0.05)
 
 needs_torch = pytest.mark.skipif(find_spec("trl") is None, reason="the learner extra is not installed")
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)  # the first one may wait for the tiny model
 
 
 @pytest.fixture(scope="module")
