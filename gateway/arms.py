@@ -14,6 +14,7 @@ import msgspec
 from gateway.openai import Ask, Fields, with_system_prompt
 from gateway.upstream import Replica, Timeouts
 from router.arms import Choice, Snapshot
+from router.casting import dressed
 from router.features import FeatureName
 from router.policy import Arm
 
@@ -62,7 +63,7 @@ class Lineup:
 def lineup(config: Mapping[str, Arm], snapshot: Snapshot) -> Lineup:
     """What `snapshot` makes of the arms in the config; versions of a lead that is not there are no arms."""
     lead = config.get(snapshot.lead)
-    versions = {name: version_of(lead, name) for name in snapshot.versions if name not in config} if lead else {}
+    versions = {name: dressed(lead, name) for name in snapshot.versions if name not in config} if lead else {}
     arms = {**config, **versions}
     weighted: set[str] = set().union(*snapshot.segments.values())
     return Lineup(
@@ -81,11 +82,6 @@ def _stand_ins(config: Mapping[str, Arm], versions: Mapping[str, Arm], snapshot:
     champions = [name for name in drawn if name in versions and name != snapshot.challenger]
     named = [name for name in drawn if name in config and name != snapshot.challenger]
     return (snapshot.control, *champions, *snapshot.kept, snapshot.lead, *named, *config)
-
-
-def version_of(lead: Arm, name: str) -> Arm:
-    """The version `name` of the registry, dressed as `lead` is; it is served by the route's own replicas."""
-    return lead.model_copy(update={"model": name, "provider": None, "api_key": None, "api_base": None})
 
 
 class Lineups:

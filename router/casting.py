@@ -57,9 +57,11 @@ def cast(arms: Mapping[str, Arm], aliases: Mapping[Alias, str]) -> Cast:
     return Cast(playing, lead, champion, (before,), versions)
 
 
-def dressed(lead: Arm, version: str, parent: str) -> Arm:
-    """The arm of a version, expected to be like its parent."""
-    return lead.model_copy(update={"model": version, "parent": parent, "gain": 0.0})
+def dressed(lead: Arm, version: str, parent: str | None = None) -> Arm:
+    """The arm of a version: as the lead is, but for the model, which the route's own replicas serve; expected to be
+    like its parent."""
+    elsewhere = dict.fromkeys(("provider", "api_key", "api_base"))
+    return lead.model_copy(update={"model": version, "parent": parent, "gain": 0.0, **elsewhere})
 
 
 @dataclass(frozen=True, slots=True)

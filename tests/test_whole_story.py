@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,12 +36,10 @@ class Played:
 def played(vllm: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     folder = tmp_path_factory.mktemp("demo")
     with RedisServer() as redis:
-        with pytest.MonkeyPatch.context() as patch:
-            said: list[str] = []
-            patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
             cache = vllm.models.base.parent.parent
             assert tell(cache, folder, fast=True, as_json=True, state=redis.url, vllm=vllm) == 0
-        yield Played(folder, RedisStore(redis.url), json.loads("\n".join(said)))
+        yield Played(folder, RedisStore(redis.url), json.loads(said.getvalue()))
     for name in set(listing(Replica(vllm.url)).adapters) - {"careful", "hasty"}:
         unload_adapter(Replica(vllm.url), name)
 

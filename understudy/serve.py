@@ -19,6 +19,7 @@ import threading
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -123,24 +124,22 @@ def _worker(parent: int, config: str, listening: socket.socket) -> None:
 
 def server(settings: Settings) -> uvicorn.Server:
     """One worker's HTTP server, not started."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            build_gateway(settings),
-            loop="uvloop",
-            http=protocol(settings.listen.max_header_bytes),
-            lifespan="on",
-            ws="none",
-            access_log=False,
-            log_config=None,
-            log_level="warning",
-            proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            timeout_graceful_shutdown=int(DRAIN),
-            timeout_keep_alive=75,
-            backlog=4096,
-        )
+    return _server(
+        build_gateway(settings),
+        loop="uvloop",
+        http=protocol(settings.listen.max_header_bytes),
+        date_header=False,
+        timeout_graceful_shutdown=int(DRAIN),
+        timeout_keep_alive=75,
+        backlog=4096,
     )
+
+
+def _server(app: Any, **more: Any) -> uvicorn.Server:
+    """An ASGI application's, with what both listeners have in common."""
+    quiet: dict[str, Any] = {"access_log": False, "log_config": None, "log_level": "warning"}
+    plain: dict[str, Any] = {"lifespan": "on", "ws": "none", "proxy_headers": False, "server_header": False}
+    return uvicorn.Server(uvicorn.Config(app, **(quiet | plain | more)))
 
 
 def _controller(parent: int, config: str) -> None:
@@ -184,21 +183,7 @@ def _admin(parent: int, config: str, listening: socket.socket) -> None:
 
 def admin_server(settings: Settings) -> uvicorn.Server:
     """The admin listener's HTTP server, not started."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            build_admin(settings),
-            loop="asyncio",
-            http=protocol(16 << 10),
-            lifespan="on",
-            ws="none",
-            access_log=False,
-            log_config=None,
-            log_level="warning",
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=2,
-        )
-    )
+    return _server(build_admin(settings), loop="asyncio", http=protocol(16 << 10), timeout_graceful_shutdown=2)
 
 
 def bind_admin(settings: Settings) -> socket.socket | None:

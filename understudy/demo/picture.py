@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from understudy.demo.people import COHORTS, Visit
+from understudy.rollout_report import estimate
 
 WIDTH, LEFT, RIGHT = 960, 70, 24
 TOP, HIGH, GAP = 84, 190, 46
 PARTS = 40
 """Stretches of sessions that the curves have."""
-Z = 1.96
 PAPER, INK, FAINT = "#fffdf8", "#2b2a33", "#8d8a97"
 COLOURS = ("#9aa5b1", "#2f7d5b", "#c0533e", "#7a5ea8")
 TINTS = {"cooks": "#c98a2b", "builders": "#3b6ea5", "readers": "#8a5a9e"}
@@ -145,10 +145,10 @@ def _text(
 
 
 def _wilson(seen: Sequence[bool]) -> tuple[float, float, float]:
-    """A share and its score interval (Wilson 1927)."""
-    n, p = len(seen), sum(seen) / len(seen)
-    middle, wide = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return p, max(0.0, (middle - wide) / (1 + Z * Z / n)), min(1.0, (middle + wide) / (1 + Z * Z / n))
+    """A share and its 95 % interval."""
+    found = estimate(sum(seen) / len(seen), len(seen))
+    assert found is not None
+    return found["value"], found["low"], found["high"]
 
 
 def gained(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
