@@ -3,7 +3,7 @@
 A session takes part if its first answer was drawn in the rollout. Of its requests come errors and times, of its users
 the reward (its last revision), flags, and whether they react at all; of copies in the shadow errors, times, lengths.
 Everything is kept by session and summed when it is asked for, so a session that is told twice, or revised, counts once
-and as it was told last. The scores' baseline is fixed when the rollout starts (`router.stats` says why it may be any).
+and as it was told last. The scores' baseline is the mean of what was heard (`router.stats` says why it may be any).
 
 The control is all of the champion's concurrent sessions: propensities make up for there being more of them. Times are
 compared with an equal number of them, the newest ones.
