@@ -196,7 +196,7 @@ def measured(plan: Plan, duels: int, pairs: int, seed: int) -> Measured:
         preferences=tuple(preferences(plan, pairs, numbers, share)),
         duels=tuple(duel(n, int(user), float(own[user]), plan, chance) for n, user in enumerate(users)),
         goldens=tuple(golden(one, about, plan, chance) for one, about in GOLDENS),
-        referee=Referee(name="judge:scripted", agreement=0.7, pairs=200, asked=2 * duels),
+        referee=Referee(name="judge:scripted", agreement=0.7, least=0.64, pairs=200, asked=2 * duels),
     )  # fmt: skip
 
 
@@ -393,8 +393,10 @@ def down_judge(seed: int, how: str) -> Measured:
     """A good challenger whose judge does not answer, or answers what cannot be used, or what a coin would say."""
     found = measured(GOOD, 600, 300, 90_000 + seed)
     failed = {"down": 1200, "nonsense": 1100, "coin": 0}[how]
-    agreement, pairs = (0.5, 200) if how == "coin" else (None, 0)
-    referee = Referee(name="judge:scripted", agreement=agreement, pairs=pairs, asked=1200, failed=failed)
+    agreement, least, pairs = (0.5, 0.44, 200) if how == "coin" else (None, None, 0)
+    referee = Referee(
+        name="judge:scripted", agreement=agreement, least=least, pairs=pairs, asked=1200, failed=failed
+    )  # fmt: skip
     unscored = tuple(one if how == "coin" else replace(one, score=None) for one in found.duels)
     return replace(found, duels=unscored, referee=referee)
 

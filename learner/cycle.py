@@ -25,6 +25,7 @@ import msgspec
 from msgspec.structs import replace
 
 from learner import dataset, hashes, registry, serving
+from learner.diagnosis import pairs_wanted
 from learner.due import Due, Facts, due, not_yet
 from learner.erase import erase_everywhere
 from learner.gating import Unmeasured, as_adjusted, check_gate, gated, let_go, refuse
@@ -303,7 +304,8 @@ def method_for(paired: int, single: int) -> Method:
 
 def why_now(shop: Workshop, last: Round, now: float, force: bool = False) -> Due:
     """Whether a round should begin, and why; if not, when."""
-    known = Facts(now, last.began, shop.registry.alias(shop.route, "challenger"))
+    wanted = pairs_wanted(last.tried) if last.step == "failed" else 0
+    known = Facts(now, last.began, shop.registry.alias(shop.route, "challenger"), wanted=wanted)
     early = not_yet(known, shop.plan, force)
     if early is not None:
         return early

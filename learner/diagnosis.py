@@ -266,6 +266,12 @@ def adjusted(policy: Gate, tried: Sequence[Diagnosis]) -> dict[str, Any] | None:
     return merged or None
 
 
+def pairs_wanted(tried: Sequence[Diagnosis]) -> int:
+    """How many pairs there should be before the next round; 0 unless too few were why the last failed."""
+    likeliest = tried[-1].causes[:1] if tried else ()
+    return sum(int(cause.change.get("min_pairs", 0)) for cause in likeliest)
+
+
 def _merged(before: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(before)
     for key, value in more.items():

@@ -31,6 +31,8 @@ class Facts(NamedTuple):
     """The last round's beginning; 0 before the first."""
     challenger: str | None
     seen: Look = Look()
+    wanted: int = 0
+    """Pairs in the window that the last round's diagnosis asks for: it was refused because there were too few."""
 
 
 class Due(NamedTuple):
@@ -60,13 +62,14 @@ def due(facts: Facts, plan: Learner, force: bool = False) -> Due:
     reason = "forced" if force else _reason(facts, plan)
     if reason is not None:
         return Due(reason, new_pairs=seen.new_pairs)
-    left = plan.min_pairs - seen.new_pairs
-    return Due(None, f"{left} more new pairs are needed, or {plan.negative_rate:.0%} bad answers", seen.new_pairs)
+    left = max(plan.min_pairs - seen.new_pairs, facts.wanted - seen.pairs)
+    why = f" ({facts.wanted} in all: the last challenger was refused for want of them)" if facts.wanted else ""
+    return Due(None, f"{left} more new pairs are needed{why}, or {plan.negative_rate:.0%} bad answers", seen.new_pairs)
 
 
 def _reason(facts: Facts, plan: Learner) -> str | None:
     seen = facts.seen
-    if seen.new_pairs >= plan.min_pairs:
+    if seen.new_pairs >= plan.min_pairs and seen.pairs >= facts.wanted:
         return f"{seen.new_pairs} new pairs"
     if seen.new_pairs and seen.judged >= FEWEST_JUDGED and seen.negative > plan.negative_rate * seen.judged:
         return f"{seen.negative / seen.judged:.0%} of {seen.judged} judged answers were bad in 7 days"

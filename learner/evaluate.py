@@ -12,105 +12,39 @@ Likelihoods come from PEFT and not from vLLM's `prompt_logprobs`, whose first us
 What is served is what PEFT says: that was compared before, token by token.
 
 Which items are looked at follows from the dataset's hash: users take turns, so that many are heard. The same
-evaluation asks the same. Replicas are asked at most `AT_ONCE` things at once, for users are being served beside it. One
-that does not answer raises `Unreachable`: nothing is told of half an evaluation. Whatever else could not be measured is
-in `notes`.
+evaluation asks the same. Whatever could not be measured is in `notes`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from msgspec.structs import replace
 
 from learner import reward_model
-from learner.answers import Score
+from learner.contest import SIDES, Contest, Limits, both, each, hash_bit
 from learner.examples import Example
 from learner.expectations import Golden, check, prompt_text
-from learner.form import Answer, Pair, answer_in, broken, is_json, repeats
+from learner.form import Pair, broken, is_json, repeats
 from learner.isolated import Verdict
-from learner.judge import Compared, Judge, calibrate
-from learner.measured import Duel, GoldenResult, Measured, Preference, Referee, Side
+from learner.judge import Compared, calibrate
+from learner.measured import Duel, GoldenResult, Measured, Preference, Referee
 from learner.people import cohort, who
 from learner.refusals import refuses
-from learner.registry import Version
-from learner.replica import Replica, ServingFailed, Unreachable, greedy, listing, serves
+from learner.replica import Replica, ServingFailed, Unreachable, listing, serves
 from learner.reward_model import people_prefer
 from learner.score import at_equal_length, padded
-from learner.serving import Expected, Fleet, agreement
+from learner.serving import Expected, agreement
 from learner.shards import BadDataset, dataset_name, read
 from learner.spec import TrainingFailed
 
-AT_ONCE = 8
-"""Prompts that replicas are asked at once, each by both versions in turn."""
-SIDES: tuple[Side, Side] = ("champion", "challenger")
 DIVERGING_TOKENS = 64
 MOST_DRAWS = 4
-Item = TypeVar("Item")
-Found = TypeVar("Found")
-
-
-class Limits(NamedTuple):
-    """How much is looked at, at most."""
-
-    pairs: int = 300
-    duels: int = 200
-    judged: int = 100
-    """Pairs that people judged, put to the judge."""
-    padded: int = 30
-    """Answers put to it beside the same ones made longer, to see how far it loves length."""
-    diverging: int = 24
-    """Duels of which the divergence is measured: it takes a request for each difference. Of the others it is None."""
-    tokens: int = 512
-    """Of an answer."""
-    temperature: float = 0.0
-    """Of the duels' answers; 0 for the likeliest tokens. Above it both versions draw with one seed a prompt, and no
-    divergence is measured."""
-    longest: int = 4096
-    """Tokens of a pair's prompt and answer."""
-    seconds: float = 3600.0
-    """For all answers; what was not asked by then is left out."""
-
-
-class Champion(NamedTuple):
-    """Who is to be beaten, as replicas serve it, and as PEFT finds it."""
-
-    model: str
-    base: str
-    adapter: str | None = None
-    """None for the base itself."""
-
-
-class Contest(NamedTuple):
-    """Who meets whom, and on what."""
-
-    challenger: Version
-    champion: Champion
-    fleet: Fleet
-    score: Score
-    expected: Sequence[Expected]
-    """What PEFT says with the challenger; empty where its agreement is known."""
-    dataset: Path
-    """This round's."""
-    earlier: Sequence[Path] = ()
-    goldens: Sequence[Golden] = ()
-    judge: Judge | None = None
-    allow_code: bool = False
-    limits: Limits = Limits()
-    agreement: float | None = None
-    """As it was measured when the challenger was loaded."""
-    system: str | None = None
-    """With which both are served, instead of an app's own; and the fields that override an app's."""
-    params: Mapping[str, Any] = MappingProxyType({})
 
 
 def measure(contest: Contest) -> Measured:
@@ -275,7 +209,6 @@ def asked(contest: Contest, examples: Sequence[Example], seed: str, until: float
     """
     prompts = {prompt_text(one.messages): one for one in examples if one.split == "held_out"}
     chosen = sample(prompts.values(), contest.limits.duels, seed)
-    champion = contest.champion.model
     replicas = contest.fleet.replicas
     draws = min(MOST_DRAWS, contest.limits.duels // max(1, len(chosen))) if contest.limits.temperature else 1
     rounds = [(one, draw) for draw in range(max(1, draws)) for one in chosen]
@@ -284,7 +217,7 @@ def asked(contest: Contest, examples: Sequence[Example], seed: str, until: float
         number, (one, draw) = numbered
         replica = replicas[number % len(replicas)]
         how = _drawn(contest.limits, f"{one.id} {draw}")
-        pair = both(contest, replica, champion, one.messages, how, turned=hash_bit(f"{one.id} {draw}"))
+        pair = both(contest, replica, one.messages, how, turned=hash_bit(f"{one.id} {draw}"))
         if pair["champion"].failed and pair["challenger"].failed:
             return pair["challenger"].failed
         told = number < contest.limits.diverging and not contest.limits.temperature
@@ -341,9 +274,9 @@ def judged(
         model = reward_model.fit(examples)
         scores, referee = model.compare(pairs), model.referee
     else:
-        known, preferred = people_prefer(sample(_pairs(examples), contest.limits.judged, seed))
-        calibrated = calibrate(contest.judge, known, preferred)
-        said = [*zip(known, calibrated.verdicts, preferred, strict=True), *_love_of_length(contest, duels)]
+        known = people_prefer(sample(_pairs(examples), contest.limits.judged, seed))
+        calibrated = calibrate(contest.judge, known)
+        said = [*zip(known.pairs, calibrated.verdicts, known.preferred, strict=True), *_love_of_length(contest, duels)]
         scores = _level(pairs, contest.judge.compare(pairs), said)
         referee = calibrated.referee
     return [replace(one, score=score) for one, score in zip(duels, scores, strict=True)], referee
@@ -389,13 +322,13 @@ def _longer(pair: Compared) -> int:
 
 def golden_results(contest: Contest, until: float, notes: list[str]) -> list[GoldenResult]:
     """Both versions on each golden."""
-    champion, replicas = contest.champion.model, contest.fleet.replicas
+    replicas = contest.fleet.replicas
     grade = contest.judge.grade if contest.judge is not None else None
 
     def answered(numbered: tuple[int, Golden]) -> GoldenResult:
         number, golden = numbered
         replica, turned = replicas[number % len(replicas)], hash_bit(golden.id)
-        pair = both(contest, replica, champion, golden.messages, golden.request, turned)
+        pair = both(contest, replica, golden.messages, golden.request, turned)
         none = all(pair[side].failed for side in SIDES)
         verdicts = {
             side: Verdict(None if none else False, f"no answer: {said.failed}")
@@ -423,67 +356,6 @@ def golden_results(contest: Contest, until: float, notes: list[str]) -> list[Gol
         for one in missed
     ]  # fmt: skip
     return [*(one for one in found if one is not None), *unasked]
-
-
-# Asking
-
-
-def both(
-    contest: Contest, replica: Replica, champion: str, messages: Sequence[Mapping[str, Any]],
-    request: Mapping[str, Any], turned: bool,
-) -> Pair:  # fmt: skip
-    """Both versions' answers, one after the other; whose comes second may find the prompt in a cache: `turned`."""
-    names: dict[Side, str] = {"champion": champion, "challenger": contest.challenger.name}
-    order = SIDES[::-1] if turned else SIDES
-    body = {"messages": _dressed(messages, contest.system), "max_tokens": contest.limits.tokens}
-    body |= {**contest.params, **request}
-    return {side: ask(replica, names[side], body) for side in order}
-
-
-def _dressed(messages: Sequence[Mapping[str, Any]], system: str | None) -> list[Mapping[str, Any]]:
-    """As the gateway dresses a chat: the arm's own system prompt in the place of the app's first one."""
-    if system is None:
-        return list(messages)
-    rest = messages[1:] if messages and messages[0].get("role") in ("system", "developer") else messages
-    return [{"role": "system", "content": system}, *rest]
-
-
-def ask(replica: Replica, model: str, body: Mapping[str, Any]) -> Answer:
-    """One greedy answer; what the replica refuses is an answer that failed. Raises Unreachable."""
-    began = time.monotonic()
-    try:
-        said = greedy(replica, "/v1/chat/completions", model, body)
-        return answer_in(said, time.monotonic() - began)
-    except Unreachable:
-        raise
-    except ServingFailed as error:
-        return Answer(failed=str(error), finish="error")
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        return Answer(failed=f"{replica.url} answered {model} with no chat ({error!r})", finish="error")
-
-
-def each(work: Callable[[Item], Found], items: Sequence[Item], until: float) -> list[Found | None]:
-    """The work on each item, a few at once; None for those that the time did not suffice for.
-
-    Raises what it raises, and then begins no other.
-    """
-    stop = threading.Event()
-
-    def one(item: Item) -> Found | None:
-        if stop.is_set() or time.monotonic() >= until:
-            return None
-        try:
-            return work(item)
-        except BaseException:
-            stop.set()
-            raise
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(one, items))
-
-
-def hash_bit(name: str) -> bool:
-    return hashlib.sha256(name.encode()).digest()[0] % 2 == 0
 
 
 def _note_failures(found: Sequence[object], count: int, named: str, notes: list[str]) -> None:

@@ -118,7 +118,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def decide(measured: Measured, policy: Gate, seed: int = 0) -> Report:
     """The same measurements, policy and seed give the same report, to the byte."""
-    referee = _referee(measured, policy)
+    referee = _referee(measured)
     trusted = referee.verdict == "pass"
     needed = policy.main == "win_rate" or policy.judge is not None
     musts = [_served(measured), *_must_goldens(measured), _collapse(measured, trusted)]
@@ -226,25 +226,24 @@ def _collapse(measured: Measured, trusted: bool) -> Check:
     return Check(name="collapse", kind="must", verdict=verdict, why=why, n=n, examples=tuple(map(shown, items)))
 
 
-def _referee(measured: Measured, policy: Gate) -> Check:
+def _referee(measured: Measured) -> Check:
     """Whether the winners of duels may be believed: it answered, and agrees with people more often than a coin."""
     who = measured.referee
-    least = _wilson(who.agreement, who.pairs, policy.alpha)
     verdict: Verdict = "inconclusive"
     if who.name == "nobody":
         why = who.why or "nobody could judge the duels"
     elif untold := _untold(measured):
         why = untold
-    elif who.agreement is None or least is None:
+    elif who.agreement is None or who.least is None:
         why = (
             f"nobody knows whether {who.name} agrees with people: there are no pairs that people judged to ask it about"
         )
-    elif not least > 0.5:
+    elif not who.least > 0.5:
         why = f"{who.name} agrees with people on {who.agreement:.0%} of {who.pairs} pairs, no more surely than a coin"
     else:
         verdict, why = "pass", f"{who.name} agrees with people on {who.agreement:.0%} of {who.pairs} pairs"
     bare = Check(name="referee", kind="must", verdict=verdict, why=why, limit=0.5, n=who.pairs)
-    return replace(bare, value=_rounded(who.agreement), lower=_rounded(least))
+    return replace(bare, value=_rounded(who.agreement), lower=_rounded(who.least))
 
 
 def _untold(measured: Measured) -> str:
@@ -257,15 +256,6 @@ def _untold(measured: Measured) -> str:
             f"{who.name} gave no verdict on {unscored} of {len(measured.duels)} duels; see that it is up, and ask again"
         )
     return ""
-
-
-def _wilson(share: float | None, n: int, alpha: float) -> float | None:
-    """Lower bound of a share of n (Wilson 1927)."""
-    if share is None or n <= 0 or not math.isfinite(share):
-        return None
-    z = NormalDist().inv_cdf(1.0 - alpha)
-    middle, wide = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - wide) / (1 + z * z / n)
 
 
 # ---- the main metric, and guards ----

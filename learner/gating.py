@@ -17,8 +17,8 @@ import msgspec
 from msgspec.structs import replace
 
 from learner import evaluate, expectations, gate_report
+from learner.contest import Champion, Contest, Limits
 from learner.diagnosis import Diagnosis, adjusted, diagnose, overridden
-from learner.evaluate import Champion, Contest, Limits
 from learner.gate import Report, decide
 from learner.judge import judge_of
 from learner.loaded import Left, keep, take_off

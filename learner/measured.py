@@ -74,6 +74,8 @@ class Referee(msgspec.Struct, frozen=True, kw_only=True):
     spearman: float | None = None
     agreement: float | None = None
     """Share of people's pairs on which it agrees with them, ties a half."""
+    least: float | None = None
+    """The share that is sure (95 %, one-sided, by user)."""
     pairs: int = 0
     """That these were measured on."""
     asked: int = 0

@@ -85,6 +85,10 @@ class Judge(Written):
     api_base: Text | None = Field(None, description="Base URL where it is not the provider's usual one.")
     api_key: Text | None = Field(None, repr=False, description="Its key; write it as ${NAME}.")
     timeout: PositiveDuration = Field(60.0, description="For one verdict; without one by then nobody has won.")
+    at_once: int = Field(8, ge=1, description="Questions that it is asked at once, at most.")
+    patience: PositiveDuration = Field(
+        4 * 3600.0, description="For all duels of a gate; what it did not say by then is no verdict."
+    )
     prompt: Text | None = Field(None, description="What good answers are like here, told to the judge; null for ours.")
 
 

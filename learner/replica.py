@@ -7,6 +7,7 @@ What can go wrong, as a tree:
 
 ServingFailed        a replica refuses, or answers what cannot be
 ├── Unreachable      no answer
+│   └── Silent       it took what it was asked, and did not answer in time
 ├── Full             as many adapters as its --max-loras
 └── InUse            a session needs the version, or it is in flight
 """
@@ -39,6 +40,10 @@ class ServingFailed(UnderstudyError):
 
 class Unreachable(ServingFailed):
     """A replica did not answer; what it was asked, it may yet have done."""
+
+
+class Silent(Unreachable):
+    """A replica took a request and did not answer it in time."""
 
 
 class Full(ServingFailed):
@@ -137,12 +142,14 @@ def unload_adapter(replica: Replica, name: str) -> bool:
     return status == 200
 
 
-def greedy(replica: Replica, path: str, model: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """An answer of the likeliest tokens, with their ids, whatever the model's own defaults are."""
+def greedy(
+    replica: Replica, path: str, model: str, fields: Mapping[str, Any], seconds: float = SECONDS
+) -> dict[str, Any]:
+    """An answer of the likeliest tokens, with their ids, whatever the model's own defaults are. Raises Silent."""
     if not model:
         raise ValueError("no model is named; vLLM would answer with its base")
     plain = {"model": model, "temperature": 0, "repetition_penalty": 1.0, "return_token_ids": True}
-    status, body = _call(replica, "POST", path, plain | dict(fields), SECONDS)
+    status, body = _call(replica, "POST", path, plain | dict(fields), seconds)
     said = _json(replica, path, status, body)
     if said.get("model") != model:
         raise ServingFailed(f"{replica.url} was asked for {model} and answered as {said.get('model')!r}; is it vLLM?")
@@ -180,14 +187,19 @@ def _call(replica: Replica, method: str, path: str, body: object, seconds: float
     if replica.api_key:
         headers["Authorization"] = f"Bearer {replica.api_key}"
     connection = kind(parts.hostname or "", parts.port, timeout=seconds)
+    late: type[Unreachable] = Unreachable
     try:
         payload = None if body is None else json.dumps(body)
+        connection.connect()
+        late = Silent
         connection.request(method, parts.path.rstrip("/") + path, payload, headers)
         answer = connection.getresponse()
         status, said = answer.status, answer.read()
     except (OSError, http.client.HTTPException) as error:
-        why = str(error) or type(error).__name__
-        raise Unreachable(f"{replica.url} does not answer {method} {path} ({why}); see whether it runs") from error
+        what, why = f"{replica.url} does not answer {method} {path}", str(error) or type(error).__name__
+        if isinstance(error, TimeoutError):
+            raise late(f"{what} within {seconds:g} s (timed out); see what it does") from error
+        raise Unreachable(f"{what} ({why}); see whether it runs") from error
     finally:
         connection.close()
     if status in _AWAY:

@@ -24,10 +24,10 @@ import numpy as np
 
 from learner.examples import Example
 from learner.expectations import prompt_text
-from learner.judge import Compared, agreement
+from learner.judge import Compared, Preferred, agreement
 from learner.measured import Referee
 from learner.people import who
-from learner.score import Floats, lower_bound, steepness
+from learner.score import Floats, steepness
 
 NEEDED = 0.55
 FEWEST, FEWEST_HELD_OUT = 40, 20
@@ -89,16 +89,17 @@ def nobody(why: str) -> RewardModel:
     return RewardModel(Referee(name="nobody", why=why))
 
 
-def people_prefer(found: Iterable[Example]) -> tuple[list[Compared], list[int]]:
-    """Pairs that people judged, and which answer they prefer: 1 the first, −1 the second, by the example's hash."""
-    pairs, preferred = [], []
+def people_prefer(found: Iterable[Example]) -> Preferred:
+    """Pairs that people judged; which answer comes first follows from the example's hash."""
+    known = Preferred([], [], [])
     for one in found:
         if one.kind == "pair" and one.chosen is not None and one.rejected is not None:
             first = hashlib.sha256(one.id.encode()).digest()[0] % 2 == 0
             answers = (one.chosen, one.rejected) if first else (one.rejected, one.chosen)
-            pairs.append(Compared(one.id, prompt_text(one.messages), *answers))
-            preferred.append(1 if first else -1)
-    return pairs, preferred
+            known.pairs.append(Compared(one.id, prompt_text(one.messages), *answers))
+            known.preferred.append(1 if first else -1)
+            known.users.append(who(one))
+    return known
 
 
 def difference(prompt: str, first: str, second: str) -> Features:
@@ -155,14 +156,9 @@ def _hashed(rows: Iterable[Features]) -> Any:
 
 
 def _measured(model: RewardModel, held_out: Sequence[Example]) -> RewardModel:
-    pairs, preferred = people_prefer(held_out)
-    scores = model.compare(pairs)
-    hits = [
-        0.5 if score is None or score == 0.5 else float((score > 0.5) == (liked > 0))
-        for score, liked in zip(scores, preferred, strict=True)
-    ]
-    least = lower_bound(hits, [who(one) for one in held_out])
-    found = agreement("reward model", scores, preferred)
+    known = people_prefer(held_out)
+    found = agreement("reward model", model.compare(known.pairs), known)
+    least = found.least or 0.0
     if least > NEEDED:
         return model._replace(referee=found)
     return nobody(

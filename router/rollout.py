@@ -97,6 +97,8 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     baseline: float = 0.5
     """What scores are taken from: the champion's mean reward when it started (`router.stats`)."""
     why: str = ""
+    at_fault: bool = True
+    """Whether the challenger is why it is rolled back; it may be rolled out again where something else is."""
     waits: Waits = ""
     """What a pending or paused one waits for."""
     approved: tuple[str, ...] = ()

@@ -191,7 +191,7 @@ class RolloutController:
             return None  # its evidence is not read yet
         if champion != rollout.control:
             why = f"the champion is {champion} by now, and no longer {rollout.control}"
-            return turn(rollout, "rollback", CONTROLLER, why, now, self.policy)
+            return replace(turn(rollout, "rollback", CONTROLLER, why, now, self.policy), at_fault=False)
         if self._looked and 0.0 <= now - self._looked < self.policy.interval:
             return None
         if rollout.phase == "running" and (placed := rearranged(rollout, self.policy, now)) is not None:
@@ -240,7 +240,7 @@ class RolloutController:
         return next((f"{rollout.challenger} was {tag}: {tags[tag]}" for tag in UNFIT if tag in tags), "")
 
     def _rolled_back(self, rollout: Rollout, now: float) -> Rollout | None:
-        if "quarantined" not in self._registrar.tags(rollout.challenger):
+        if rollout.at_fault and "quarantined" not in self._registrar.tags(rollout.challenger):
             self._registrar.tag(rollout.challenger, "quarantined", f"{rollout.id}: {rollout.why}")
         if self._registrar.aliases(self.route).get("challenger") == rollout.challenger:
             self._registrar.move_all(self.route, {"challenger": (rollout.challenger, None)})

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from pydantic import ValidationError
 
-from learner.diagnosis import Cause, Diagnosis, adjusted, diagnose, overridden
+from learner.diagnosis import Cause, Diagnosis, adjusted, diagnose, overridden, pairs_wanted
 from learner.gate import Check, Report, Verdict
 from learner.measured import Referee
 from learner.plan import Gate, Learner
@@ -122,7 +122,11 @@ def test_bad_labels_bring_the_robust_loss_and_more_agreement() -> None:
 
 def test_too_little_to_learn_from_waits_for_more() -> None:
     few = {"examples": {"train": {"pair": 80, "correction": 0, "unpaired": 0}}}
-    assert adjusted(Gate(), [of(report("inconclusive", "inconclusive"), few)]) == {"min_pairs": 1000}
+    found = of(report("inconclusive", "inconclusive"), few)
+    assert adjusted(Gate(), [found]) == {"min_pairs": 1000}
+    assert pairs_wanted([found]) == 1000
+    assert pairs_wanted([found, of(report(collapse="fail"))]) == 0, "the last one tells"
+    assert pairs_wanted([]) == 0
 
 
 def test_adjustments_add_up_and_what_did_not_help_is_not_done_again() -> None:

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,8 @@ from preferences import dataset, pairs, unpaired
 
 from learner import shards
 from learner.answers import peft, peft_scores
-from learner.evaluate import Champion, Contest, Limits, measure, sample
+from learner.contest import Champion, Contest, Limits
+from learner.evaluate import measure, sample
 from learner.examples import Example
 from learner.expectations import Golden
 from learner.form import Answer, broken, repeats
@@ -380,6 +382,21 @@ def test_prompts_that_no_version_answers_are_counted(served: Served, data: Path)
     assert found.duels == ()
     assert "neither version answered 5 of 5 prompts, such as: " in found.notes[0]
     assert "it is too long" in found.notes[0]
+
+
+def test_an_answer_that_takes_too_long_has_failed_and_the_evaluation_goes_on(served: Served, data: Path) -> None:
+    asked: list[str] = []
+
+    def slow_once(text: str, _: Json) -> str:
+        asked.append(text)
+        if text == asked[0]:
+            time.sleep(0.6)
+        return RIGHT.get(text, "Yes.")
+
+    served.speaks[NEW] = slow_once
+    found = measure(contest(served, data, limits=Limits(duels=5, patience=0.3)))
+    assert [one.broken["challenger"] for one in found.duels].count(True) == 1
+    assert len(found.duels) == 5
 
 
 def test_what_there_is_no_time_for_is_not_asked_and_no_golden_is_passed_by_it(served: Served, data: Path) -> None:

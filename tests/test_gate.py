@@ -21,7 +21,7 @@ from learner.measured import Duel, GoldenResult, Measured, Preference, Referee, 
 from learner.plan import Gate, Judge, Margins
 
 PEOPLE = 41
-JUDGE = Referee(name="judge:scripted", agreement=0.75, pairs=200, asked=1200, failed=3)
+JUDGE = Referee(name="judge:scripted", agreement=0.75, least=0.69, pairs=200, asked=1200, failed=3)
 
 
 def both(champion: Any, challenger: Any) -> dict[Side, Any]:
@@ -172,10 +172,10 @@ def test_a_bad_challenger_fails_by_the_check_that_is_for_it_with_what_decided(na
 REFEREES = {
     "away": Referee(name="nobody", why="no judge answers"),
     "down": replace(JUDGE, failed=400),
-    "never compared with people": replace(JUDGE, agreement=None, pairs=0),
-    "a coin": replace(JUDGE, agreement=0.5),
-    "hardly better than a coin": replace(JUDGE, agreement=0.55, pairs=100),
-    "no number": replace(JUDGE, agreement=math.nan),
+    "never compared with people": replace(JUDGE, agreement=None, least=None, pairs=0),
+    "a coin": replace(JUDGE, agreement=0.5, least=0.44),
+    "hardly better than a coin": replace(JUDGE, agreement=0.55, least=0.47, pairs=100),
+    "no number": replace(JUDGE, agreement=math.nan, least=math.nan),
 }
 
 

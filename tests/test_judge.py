@@ -22,6 +22,7 @@ from learner.judge import (
     Judge,
     JudgeModel,
     NoLitellm,
+    Preferred,
     agreement,
     calibrate,
     comparison,
@@ -132,6 +133,21 @@ def test_a_judge_that_is_down_is_not_asked_for_ever() -> None:
     assert judge.last_failure == "it was asked no more"
 
 
+def test_a_busy_judge_is_asked_again_and_its_verdict_counts() -> None:
+    refused: set[str] = set()
+
+    def judge(parts: Parts) -> str | int:
+        first = parts["ANSWER A"] not in refused
+        refused.add(parts["ANSWER A"])
+        return 429 if first else says("A" if parts["ANSWER A"] == GOOD else "B")
+
+    with FakeJudge(judge) as fake:
+        judge_ = fake.asked_by(at_once=2)
+        assert judge_.compare([duel()]) == [1.0]
+        assert len(fake.seen) == 4
+    assert (judge_.asked, judge_.failed) == (2, 0)
+
+
 def test_nobody_at_the_address_is_no_verdict() -> None:
     with FakeJudge(longer) as fake:
         pass
@@ -192,9 +208,10 @@ def test_a_provider_s_judge_is_asked_by_litellm() -> None:
 
 
 def test_a_judge_is_measured_on_pairs_that_people_judged() -> None:
-    known, preferred = people_prefer(pairs(80))
+    asked = people_prefer(pairs(80))
+    known, preferred, users = asked
     with FakeJudge(holding("vegetable")) as fake:
-        found = calibrate(fake.asked_by(), known, preferred)
+        found = calibrate(fake.asked_by(), asked)
     told = [
         0.5 if ("vegetable" in one.first) == ("vegetable" in one.second) else float("vegetable" in one.first)
         for one in known
@@ -208,11 +225,13 @@ def test_a_judge_is_measured_on_pairs_that_people_judged() -> None:
     assert found.referee.pearson == pytest.approx(stats.pearsonr(told, preferred).statistic)
     assert found.referee.spearman == pytest.approx(stats.spearmanr(told, preferred).statistic)
     assert found.referee.pairs == 80
+    assert found.referee.least == pytest.approx(lower_bound(hits, users))
     assert {1, -1} == set(preferred), "people prefer now the first, now the second"
 
 
 def test_too_few_pairs_say_nothing_of_a_judge() -> None:
-    found = agreement("judge:x", [1.0] * (FEW - 1) + [None], [1] * FEW)
+    known = Preferred([duel()] * FEW, [1] * FEW, ["u"] * FEW)
+    found = agreement("judge:x", [1.0] * (FEW - 1) + [None], known)
     assert (found.pairs, found.agreement, found.pearson) == (FEW - 1, None, None)
 
 
@@ -247,17 +266,22 @@ def verdicts(theta: float, phi: float, longer: np.ndarray[Any, Any], seed: int) 
 
 def test_a_judge_who_loves_length_does_not_let_a_verbose_challenger_win() -> None:
     verbose = [duel(GOOD + " Indeed." * (n % 7 + 1), GOOD, id=f"d{n}") for n in range(60)]
-    known, preferred = people_prefer(pairs(40))
+    asked = people_prefer(pairs(40))
     with FakeJudge(longer) as fake:
         judge = fake.asked_by()
         told = judge.compare(verbose)
-        people = calibrate(judge, known, preferred)
+        people = calibrate(judge, asked)
     assert told == [1.0] * 60, "it says that the challenger won each"
     difference = [len(one.first) - len(one.second) for one in verbose]
     ids = [one.id for one in verbose]
     alone, _ = at_equal_length(ids, told, difference)
     with_people, fitted = at_equal_length(
-        ids, told, difference, people.verdicts, [len(one.first) - len(one.second) for one in known], preferred
+        ids,
+        told,
+        difference,
+        people.verdicts,
+        [len(one.first) - len(one.second) for one in asked.pairs],
+        asked.preferred,
     )
     for scores in (alone, with_people):
         assert interval(scores)[0] < 0.5 < interval(scores)[1]

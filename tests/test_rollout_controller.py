@@ -275,12 +275,15 @@ def test_the_champion_is_not_rolled_out_against_itself(house: House) -> None:
 
 
 def test_a_champion_that_changed_under_it_ends_a_rollout(house: House) -> None:
-    house.begun(1)
+    version = house.begun(1)
     other = registered(house.store, house.folder / "versions", 9)
     house.registry.move(ROUTE, "champion", other, None)
     house.step()
     assert (house.rollout.phase, other in house.rollout.why) == ("rolled_back", True)
     assert house.snapshot.segments[""] == {other: 1.0}
+    assert "quarantined" not in house.registry.tags(version), "it did nothing wrong"
+    house.begun(1)
+    assert (house.rollout.challenger, house.rollout.control, house.rollout.at_fault) == (version, other, True)
 
 
 # Waiting.

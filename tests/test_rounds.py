@@ -22,7 +22,7 @@ PLAN = Learner(base="./base", min_pairs=100, every="7d", min_interval="1d")
 
 def facts(**more: object) -> Facts:
     seen = {"new_pairs": 10, "pairs": 500, "judged": 200, "negative": 10}
-    rest = {"now": 100 * DAY, "last_began": 98 * DAY, "challenger": None}
+    rest = {"now": 100 * DAY, "last_began": 98 * DAY, "challenger": None, "wanted": 0}
     look = Look(**seen | {key: value for key, value in more.items() if key in seen})  # type: ignore[arg-type]
     return Facts(**rest | {key: value for key, value in more.items() if key in rest}, seen=look)  # type: ignore[arg-type]
 
@@ -67,6 +67,14 @@ def test_there_is_one_challenger_at_a_time_even_by_force() -> None:
     found = due(facts(new_pairs=1000, challenger="assistant-v2-00000000"), PLAN, force=True)
     assert found.reason is None
     assert "assistant-v2-00000000 is the challenger" in found.waiting
+
+
+def test_after_a_challenger_with_too_little_to_learn_from_more_is_waited_for() -> None:
+    few = facts(new_pairs=200, wanted=1000)
+    assert due(few, PLAN) == Due(None, due(few, PLAN).waiting, 200)
+    assert "500 more new pairs are needed (1000 in all" in due(few, PLAN).waiting
+    assert due(facts(new_pairs=200, pairs=1000, wanted=1000), PLAN).reason == "200 new pairs"
+    assert due(facts(new_pairs=200, wanted=1000, last_began=92 * DAY), PLAN).reason == "7 days since the last round"
 
 
 def test_with_more_pairs_comes_another_pace() -> None:
