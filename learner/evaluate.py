@@ -100,7 +100,9 @@ def agreed(contest: Contest, notes: list[str]) -> float | None:
             shares.append(contest.agreement)
             continue
         found = agreement(replica, version.name, contest.expected)
-        if not found.holds(0.0):
+        if not found.apart:
+            notes.append(f"{replica.url}: {found.touched}")
+        elif not found.holds(0.0):
             notes.append(
                 f"{replica.url} reads {found.prompts_equal} of {found.prompts} prompts as PEFT does, and the adapter "
                 f"is felt in {found.telling_equal} of {found.telling} places"

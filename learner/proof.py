@@ -29,6 +29,8 @@ def prove(shop: Workshop, version: Version, data: Path, say: Say) -> None:
             _check_there(shop, version)
             raise error
         say("serve", {"replica": replica.url, "agreement": found.share, "tokens": found.tokens})
+        if not found.apart:
+            raise Refused(f"{replica.url} cannot serve {version.name}: {found.touched}")
         if not found.holds():
             raise Refused(
                 f"{replica.url} says {found.share:.1%} of PEFT's tokens with {version.name}; the adapter is felt "

@@ -4,6 +4,9 @@ What follows from vLLM 0.32's source (`entrypoints/openai/models/serving.py`, `l
 
 - Adapters are a list in each replica's process, gone with a restart (`reconcile`). A name stands for its path for ever:
   cached prefixes are keyed by both, so other weights never come under an old name or path, and files are verified.
+- A token without an adapter has the slot −1. vLLM's CPU kernels (`lora/ops/torch_ops`) take that for the last slot:
+  once as many adapters as `--max-loras` were ever used, the base answers with the last one's weights where a batch
+  holds an adapter's tokens, too. So the base is asked beside a version before that is drawn.
 - Unloading takes the name away, no more: answers in the making go on, the weights leave when others need their place,
   and may be read from the folder again until then. So a folder may go only when its version is not in flight.
 """
@@ -57,6 +60,8 @@ AGREED = 0.99
 """Share of tokens that a replica and PEFT must agree on before a version may be drawn."""
 AT_ONCE = 8
 """Requests of a comparison that a replica has at once."""
+BESIDE, BESIDE_ASKED, BESIDE_TOKENS = 8, 3, 32
+"""Places at which the base is asked beside the version, how often, and the tokens that the version writes meanwhile."""
 STRIDE = 32
 """Tokens that a replica writes in one request of a comparison; what follows a difference is written in vain."""
 
@@ -161,6 +166,10 @@ class Expected(NamedTuple):
     messages: Sequence[Mapping[str, Any]] | None = None
     """The chat that the prompt was made from, so that the replica's template can be compared, too."""
 
+    def prompt_to(self, at: int) -> list[int]:
+        """All that stands before a token of the answer."""
+        return [*self.prompt, *self.answer[:at]]
+
 
 class Agreement(NamedTuple):
     """How far a replica says what PEFT says."""
@@ -175,6 +184,9 @@ class Agreement(NamedTuple):
     prompts: int
     """Chats of which the replica's template was asked."""
     prompts_equal: int
+    beside: int = 0
+    """Places where the base was asked again while the version answered beside it; and how often it said the same."""
+    beside_equal: int = 0
 
     @property
     def share(self) -> float:
@@ -183,7 +195,21 @@ class Agreement(NamedTuple):
     def holds(self, needed: float = AGREED) -> bool:
         """Whether the version may be drawn: enough is equal, the adapter is felt, and prompts are the same."""
         felt = self.telling == 0 or 2 * self.telling_equal > self.telling
-        return self.share >= needed and felt and self.prompts_equal == self.prompts
+        return self.share >= needed and felt and self.apart and self.prompts_equal == self.prompts
+
+    @property
+    def apart(self) -> bool:
+        """Whether the base stays the base in one batch with the version."""
+        return self.beside == 0 or 2 * self.beside_equal > self.beside
+
+    @property
+    def touched(self) -> str:
+        """What to say of one where it does not."""
+        return (
+            f"its base answers otherwise beside the version, at {self.beside - self.beside_equal} of {self.beside} "
+            "places; vLLM on a CPU does so once as many adapters were used as --max-loras says: restart it with a "
+            "larger one"
+        )
 
 
 def agreement(replica: Replica, name: str, expected: Sequence[Expected]) -> Agreement:
@@ -192,7 +218,8 @@ def agreement(replica: Replica, name: str, expected: Sequence[Expected]) -> Agre
     After a first other token two free answers differ by nature. So the replica writes on from PEFT's tokens until it
     says another, which counts; PEFT's is put in its place and it writes on from there: what it would say at each
     place, by a request for each difference (not `prompt_logprobs`: vLLM's first compiles for 20 s while all wait, and
-    needs a compiler). Where the base first says another token than PEFT, it shows whether the adapter is applied.
+    needs a compiler). Where the base first says another token than PEFT, it shows whether the adapter is applied; and
+    there the base is asked again beside the version, for a server may apply an adapter to its whole batch.
     """
     if not expected or not all(one.prompt and one.answer for one in expected):
         raise ValueError("there is nothing to compare; give PEFT's answers, each of one token at least")
@@ -201,6 +228,10 @@ def agreement(replica: Replica, name: str, expected: Sequence[Expected]) -> Agre
     with ThreadPoolExecutor(AT_ONCE) as pool:  # a replica answers several as fast as one
         ours = list(pool.map(lambda one: list(_forced(replica, name, one)), expected))
         others = list(pool.map(lambda one: _first_other(replica, base, one), expected))
+        places = [one.prompt_to(at) for one, at in zip(expected, others, strict=True) if at is not None][:BESIDE]
+        alone = list(pool.map(lambda prompt: _next(replica, base, prompt), places))
+        beside = [pool.submit(_beside, replica, base, name, prompt) for prompt in places]
+        same_beside = [found.result() == {token} for found, token in zip(beside, alone, strict=True)]
         prompts = list(pool.map(lambda one: _prompt(replica, name, one.messages or ()) == [*one.prompt], chats))
     told = [same[at] for same, at in zip(ours, others, strict=True) if at is not None]
     return Agreement(
@@ -210,6 +241,8 @@ def agreement(replica: Replica, name: str, expected: Sequence[Expected]) -> Agre
         telling_equal=sum(told),
         prompts=len(prompts),
         prompts_equal=sum(prompts),
+        beside=len(places),
+        beside_equal=sum(same_beside),
     )
 
 
@@ -223,13 +256,29 @@ def _forced(replica: Replica, model: str, one: Expected) -> Iterator[bool]:
     at = 0
     while at < len(one.answer):
         wanted = one.answer[at : at + STRIDE]
-        body = {"prompt": [*one.prompt, *one.answer[:at]], "max_tokens": len(wanted)}
+        body = {"prompt": one.prompt_to(at), "max_tokens": len(wanted)}
         said = _token_ids(replica, model, greedy(replica, "/v1/completions", model, body), "token_ids")
         for token, instead in zip(wanted, said, strict=False):
             at += 1
             yield token == instead
             if token != instead:
                 break
+
+
+def _next(replica: Replica, model: str, prompt: Sequence[int]) -> int:
+    """The next token."""
+    said = greedy(replica, "/v1/completions", model, {"prompt": prompt, "max_tokens": 1})
+    return _token_ids(replica, model, said, "token_ids")[0]
+
+
+def _beside(replica: Replica, base: str, name: str, prompt: Sequence[int]) -> set[int]:
+    """The base's next token while the version answers; asked a few times, for the first may come too early."""
+    long = {"prompt": prompt, "max_tokens": BESIDE_TOKENS, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(greedy, replica, "/v1/completions", name, long)
+        found = {_next(replica, base, prompt) for _ in range(BESIDE_ASKED)}
+        answering.result()
+    return found
 
 
 def _prompt(replica: Replica, model: str, messages: Sequence[Mapping[str, Any]]) -> list[int]:

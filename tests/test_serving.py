@@ -295,11 +295,30 @@ def test_each_difference_counts_once_whatever_follows_it(fakes: list[FakeReplica
     }
     chat = [{"role": "user", "content": "1234567"}, {"role": "user", "content": "12345678"}]
     one = Expected(prompt, answer, chat)
-    assert agreement(fakes[0].replica, "mine", [one]) == Agreement(80, 80, 1, 1, 1, 1)
+    assert agreement(fakes[0].replica, "mine", [one]) == Agreement(80, 80, 1, 1, 1, 1, 1, 1)
     found = agreement(fakes[0].replica, "twice", [one, Expected(prompt, answer[:3]), one._replace(prompt=[7, 9])])
-    assert found == Agreement(163, 159, 2, 2, 2, 1)
+    assert found == Agreement(163, 159, 2, 2, 2, 1, 2, 2)
     assert (found.share, found.holds(0.9)) == (159 / 163, False), "another prompt than PEFT's"
     assert all(body["temperature"] == 0 and body["model"] for body in fakes[0].asked("/v1/completions"))
+
+
+def test_a_base_that_takes_on_the_version_answering_beside_it_is_found(fakes: list[FakeReplica]) -> None:
+    fake, answering, alone = fakes[0], threading.Event(), threading.Lock()
+    fake.says = {"mine": [7, 8, 1, 2, 3], "base": [7, 8, 9, 9, 9]}
+
+    def mixed(body: Json) -> tuple[int, object]:
+        if body.get("ignore_eos"):
+            answering.set()
+        elif body["model"] == "base" and body["max_tokens"] == 1 and not alone.acquire(blocking=False):
+            assert answering.wait(10)
+            return 200, {"model": "base", "choices": [{"token_ids": [1]}]}
+        return fake.right("/v1/completions", body)
+
+    fake.wrong["/v1/completions"] = mixed
+    found = agreement(fake.replica, "mine", [Expected([7, 8], [1, 2, 3])])
+    assert found == Agreement(3, 3, 1, 1, 0, 0, 1, 0)
+    assert not found.holds(0.0)
+    assert "restart it with a larger" in found.touched
 
 
 @pytest.mark.parametrize(
@@ -310,9 +329,11 @@ def test_each_difference_counts_once_whatever_follows_it(fakes: list[FakeReplica
         (Agreement(100, 100, 0, 0, 0, 0), True),
         (Agreement(1000, 990, 10, 0, 2, 2), False),
         (Agreement(100, 100, 4, 4, 2, 1), False),
+        (Agreement(100, 100, 4, 4, 2, 2, 4, 3), True),
+        (Agreement(100, 100, 4, 4, 2, 2, 4, 1), False),
     ],
 )
-def test_a_version_may_be_drawn_when_it_agrees_is_felt_and_reads_the_same_prompts(
+def test_a_version_may_be_drawn_when_it_agrees_is_felt_leaves_the_base_alone_and_reads_the_same_prompts(
     found: Agreement, holds: bool
 ) -> None:
     assert found.holds() is holds
@@ -413,7 +434,7 @@ class TestOnVllm:
 
     def test_an_answer_in_the_making_keeps_its_version_and_outlives_it(self, served: tuple[Replica, Version]) -> None:
         replica, version = served
-        body = {"model": version.name, "prompt": "Hello", "n": 32, "max_tokens": 128, "ignore_eos": True}
+        body = {"model": version.name, "prompt": ["Hello"] * 4, "n": 32, "max_tokens": 128, "ignore_eos": True}
         said: list[httpx.Response] = []
         asking = threading.Thread(
             target=lambda: said.append(httpx.post(f"{replica.url}/v1/completions", json=body, timeout=120))
@@ -425,7 +446,7 @@ class TestOnVllm:
         assert one_replica.unload_adapter(replica, version.name)
         assert not said, "the answer was still in the making"
         asking.join(120)
-        assert said[0].json()["usage"]["completion_tokens"] == 32 * 128
+        assert said[0].json()["usage"]["completion_tokens"] == 4 * 32 * 128
         eventually(lambda: in_flight(replica) == set())
 
     @pytest.mark.parametrize("wrong", [{"r": 64}, {"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"}])

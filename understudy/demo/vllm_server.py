@@ -142,8 +142,8 @@ def command(models: TinyModels, port: int, lora: Sequence[str]) -> list[str]:
         *("--host", "127.0.0.1", "--port", str(port), "--uvicorn-log-level", "warning"),
         # No compilation: it costs more than this model will ever run, and would need a C++ compiler.
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_POSITIONS)),
-        # Champion, challenger, the one before, and those below.
-        *("--enable-lora", "--max-loras", "5", "--max-lora-rank", "16"),
+        # More than are ever used: on a CPU vLLM gives the last one's weights to requests without an adapter.
+        *("--enable-lora", "--max-loras", "64", "--max-lora-rank", "16"),
         *(["--lora-modules", *(f"{name}={getattr(models, name)}" for name in lora)] if lora else []),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         # A small model given the choice fills its JSON with blanks.
