@@ -278,6 +278,7 @@ class _Gateway:
         complained = False
         while True:
             await asyncio.sleep(pause)
+            self._metrics.flush()
             try:
                 self._known = await asyncio.to_thread(self._exchange, self._known)
                 self._tokens.refresh(self._known.tokens)
@@ -316,10 +317,7 @@ class _Gateway:
             self._spans.answered(fact)
 
     def generate(self, name: str) -> Endpoint:
-        async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
-            await self._proxy.serve(name, scope, receive, send)
-
-        return endpoint
+        return lambda scope, receive, send: self._proxy.serve(name, scope, receive, send)  # known once it is started
 
     def hear(self, service: Service) -> Endpoint:
         async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
@@ -365,6 +363,7 @@ class _Gateway:
 
     async def metrics_page(self, scope: Scope, receive: Receive, send: Send) -> None:
         m = self._metrics
+        m.flush()
         m.journal_waiting.set(len(self._journal))
         m.journal_dropped.set(self._journal.dropped)
         m.snapshot_age.set(time.monotonic() - self._sessions.store_seen)

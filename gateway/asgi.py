@@ -1,10 +1,17 @@
-"""The ASGI messages that our endpoints read and write (https://asgi.readthedocs.io, HTTP)."""
+"""The ASGI messages that our endpoints read and write (https://asgi.readthedocs.io, HTTP), and the client behind them.
+
+A generated answer does not go through `send`: each message there is a coroutine, and one for each word of a stream is
+what makes a gateway slow. It goes to a `Client`. Our own server offers one that writes to the connection at once
+(`gateway.http`, the extension `understudy.client`); before any other server it is a `Plain` one, over `send`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import msgspec
 
@@ -13,13 +20,115 @@ from gateway.openai import ApiError
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
 
-
+EXTENSION = "understudy.client"
 PATIENCE = 60.0
+HIGH_WATER = 64 * 1024
+"""Bytes that wait for a plain server, above which no more should be written."""
 
 
 class ClientLeft(Exception):
     """The client closed the connection before its request was complete."""
+
+
+class Client(Protocol):
+    """Who waits for an answer. Nothing here waits but `finish`; what is written to one that left is dropped."""
+
+    on_full: Callable[[bool], None] | None
+    """Told True when no more should be written for now, False when it may be."""
+
+    @property
+    def full(self) -> bool: ...
+
+    def leaving(self, told: Callable[[], None] | None) -> None:
+        """Call `told` when the client closes the connection, at once if it has; None to call nobody."""
+
+    def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """A whole answer; its length is added to the headers."""
+
+    def begin(self, status: int, headers: Headers) -> None:
+        """The head of an answer whose body is to be written piece by piece."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def end(self, data: bytes = b"") -> None:
+        """The last piece."""
+
+    async def finish(self) -> None:
+        """Until all has been handed over to the server, or the client has left."""
+
+
+def client_of(scope: Scope, receive: Receive, send: Send) -> Client:
+    """Who is behind a request whose body has been read."""
+    offered = (scope.get("extensions") or {}).get(EXTENSION)
+    return cast(Client, offered()) if offered is not None else Plain(receive, send)
+
+
+class Plain:
+    """A client before a server that knows nothing but ASGI."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self.on_full: Callable[[bool], None] | None = None
+        self._receive, self._send = receive, send
+        self._waiting: deque[MutableMapping[str, Any]] = deque()
+        self._bytes = 0
+        self._left = False
+        self._sending: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def full(self) -> bool:
+        return self._bytes > HIGH_WATER
+
+    def leaving(self, told: Callable[[], None] | None) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        self._watching = asyncio.ensure_future(self._watch(told)) if told is not None else None
+
+    def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        self.begin(status, [*headers, (b"content-length", b"%d" % len(body))])
+        self.end(body)
+
+    def begin(self, status: int, headers: Headers) -> None:
+        self._put({"type": "http.response.start", "status": status, "headers": headers})
+
+    def write(self, data: bytes) -> None:
+        self._put({"type": "http.response.body", "body": data, "more_body": True})
+
+    def end(self, data: bytes = b"") -> None:
+        self.leaving(None)  # servers say that it left once its answer is complete
+        self._put({"type": "http.response.body", "body": data})
+
+    async def finish(self) -> None:
+        if self._sending is not None:
+            with contextlib.suppress(OSError):  # as servers tell that the client left
+                await self._sending
+
+    def _put(self, message: MutableMapping[str, Any]) -> None:
+        if self._left:
+            return
+        self._waiting.append(message)
+        self._bytes += len(message.get("body", b""))
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.ensure_future(self._send_all())
+        if self.full and self.on_full is not None:
+            self.on_full(True)
+
+    async def _send_all(self) -> None:
+        while self._waiting:
+            message = self._waiting.popleft()
+            await self._send(message)
+            was_full = self.full
+            self._bytes -= len(message.get("body", b""))
+            if was_full and not self.full and self.on_full is not None:
+                self.on_full(False)
+
+    async def _watch(self, told: Callable[[], None]) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._left = True
+        told()
 
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int, patience: float = PATIENCE) -> bytes:

@@ -1,6 +1,10 @@
 """uvicorn's HTTP/1.1 protocol with what it lacks: limits on a request's head and on how long a client may take to send
-it or to read an answer, errors in OpenAI's shape, and an ASGI extension `understudy.leaving` that tells at once when
-the client leaves (a task that waits in `receive` for each request costs a sixth of the gateway's time)."""
+it or to read an answer, errors in OpenAI's shape, and an ASGI extension, `understudy.client`: who made the request, to
+be written to at once, and who tells at once when it leaves (`gateway.asgi.Client`).
+
+A message to `send` costs a coroutine, and checks that bytes from a parsed answer do not need; a task that waits in
+`receive` for the client to leave costs a sixth of the gateway's time.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from gateway.asgi import EXTENSION, Headers
 from gateway.openai import error_body
 
 
@@ -41,18 +46,11 @@ class _Protocol(HttpToolsProtocol):
         self._unparsed = 0
         self._parsed = 0
         self._too_large = False
-        self._told: Callable[[], None] | None = None
+        self.told: Callable[[], None] | None = None
+        """Whom to tell when the client leaves."""
+        self.on_full: Callable[[bool], None] | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
-
-    def leaving(self, told: Callable[[], None] | None) -> None:
-        """Call `told` when the client closes the connection, at once if it has; None to call nobody.
-
-        One request at a time asks.
-        """
-        self._told = told
-        if told is not None and self.transport.is_closing():
-            told()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -63,8 +61,8 @@ class _Protocol(HttpToolsProtocol):
         for timer in (self._head_timer, self._stall_timer):
             if timer is not None:
                 timer.cancel()
-        if self._told is not None:
-            self._told()
+        if self.told is not None:
+            self.told()
 
     def data_received(self, data: bytes) -> None:
         self._unparsed += len(data)
@@ -89,10 +87,14 @@ class _Protocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        if self.on_full is not None:
+            self.on_full(True)
         self._stall_timer = self.loop.call_later(self.stall_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        if self.on_full is not None:
+            self.on_full(False)
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
@@ -113,8 +115,15 @@ class _Protocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-        self.scope["extensions"] = {"understudy.leaving": self.leaving}  # type: ignore[dict-item]
+        self.scope["extensions"] = {EXTENSION: self._client}  # type: ignore[dict-item]
         super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self.running = cycle  # of pipelined requests `self.cycle` is the last one that came
+        super()._start_asgi_task(cycle, app)
+
+    def _client(self) -> Client:
+        return Client(self)
 
     def on_message_complete(self) -> None:
         self._in_head, self._unparsed = True, 0
@@ -132,3 +141,74 @@ class _Protocol(HttpToolsProtocol):
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()
+
+
+class Client:
+    """The one whose request is being answered on a connection: what is written goes out at once."""
+
+    __slots__ = ("_cycle", "_head", "_protocol", "_transport")
+
+    def __init__(self, protocol: _Protocol) -> None:
+        self._protocol = protocol
+        self._transport = protocol.transport
+        self._cycle: RequestResponseCycle = protocol.running
+        self._head = b""
+
+    @property
+    def on_full(self) -> Callable[[bool], None] | None:
+        return self._protocol.on_full
+
+    @on_full.setter
+    def on_full(self, told: Callable[[bool], None] | None) -> None:
+        self._protocol.on_full = told
+
+    @property
+    def full(self) -> bool:
+        return self._protocol.flow.write_paused
+
+    def leaving(self, told: Callable[[], None] | None) -> None:
+        self._protocol.told = told
+        if told is not None and self._transport.is_closing():
+            told()
+
+    def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        self._start(status, headers, b"content-length: %d\r\n" % len(body))
+        self._out(self._head + body)
+        self._complete()
+
+    def begin(self, status: int, headers: Headers) -> None:
+        self._start(status, headers, b"transfer-encoding: chunked\r\n")
+
+    def write(self, data: bytes) -> None:
+        self._out(b"%b%x\r\n%b\r\n" % (self._head, len(data), data))
+        self._head = b""
+
+    def end(self, data: bytes = b"") -> None:
+        last = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
+        self._out(self._head + last)
+        self._complete()
+
+    async def finish(self) -> None:
+        pass
+
+    def _start(self, status: int, headers: Headers, framing: bytes) -> None:
+        """Keep the head until there is something to send with it."""
+        cycle = self._cycle
+        cycle.response_started, cycle.waiting_for_100_continue = True, False
+        lines = [b"%b: %b\r\n" % line for line in cycle.default_headers]
+        lines += [b"%b: %b\r\n" % line for line in headers]
+        close = b"" if cycle.keep_alive else b"connection: close\r\n"
+        self._head = b"%b%b%b%b\r\n" % (STATUS_LINE[status], b"".join(lines), framing, close)
+
+    def _out(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    def _complete(self) -> None:
+        """As uvicorn's own `send` ends an answer."""
+        cycle = self._cycle
+        cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self._transport.close()
+        cycle.on_response()

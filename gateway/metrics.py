@@ -7,8 +7,9 @@ dots as underscores, and their buckets); all else begins with understudy_. The e
 from __future__ import annotations
 
 import os
-from functools import lru_cache
-from typing import Any
+from bisect import bisect_left
+from collections import Counter as Tally
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -23,8 +24,60 @@ _GEN_AI = ("gen_ai_operation_name", "gen_ai_request_model", "gen_ai_response_mod
 """The request's model is the route, the response's the version that answered."""
 
 
+class _Histogram(Histogram):
+    def take_in(self, seen: _Seen) -> None:
+        """Add what was seen, and begin anew."""
+        self._sum.inc(seen.total)
+        for bucket, count in zip(self._buckets, seen.counts, strict=True):
+            if count:
+                bucket.inc(count)
+        seen.clear()
+
+
+class _Seen:
+    """Values on their way to a histogram: a lock and a write to a shared file for each would cost more than a draw."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.clear()
+
+    def clear(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class _Answers:
+    """What was seen of answers that have all labels in common, and where it goes."""
+
+    __slots__ = ("duration", "first_byte", "n", "requests", "to", "tokens_in", "tokens_out")
+
+    def __init__(self, requests: Counter, *to: _Histogram) -> None:
+        self.n = 0
+        self.requests, self.to = requests, to
+        self.duration, self.first_byte = _Seen(_DURATION), _Seen(_FIRST)
+        self.tokens_in, self.tokens_out = _Seen(_TOKENS), _Seen(_TOKENS)
+
+    def flush(self) -> None:
+        if self.n:
+            self.requests.inc(self.n)
+            self.n = 0
+            for histogram, seen in zip(
+                self.to, (self.duration, self.first_byte, self.tokens_in, self.tokens_out), strict=True
+            ):
+                histogram.take_in(seen)
+
+
 class Metrics:
-    """Build one a process, after PROMETHEUS_MULTIPROC_DIR is set (if several processes are to be added up)."""
+    """Build one a process, after PROMETHEUS_MULTIPROC_DIR is set (if several processes are to be added up).
+
+    What is counted for each request is kept aside, and is in the page from the next `flush` on.
+    """
 
     def __init__(self) -> None:
         shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
@@ -44,21 +97,21 @@ class Metrics:
         self.feedback_refused = counter("feedback_refused", "Feedback items refused.", ("reason",))
         self.recalls_failed = counter("recalls_failed", "Session recalls that failed or took too long.")
         self.spans_dropped = counter("spans_dropped", "Spans that were not exported.")
-        self.duration = Histogram(
+        self.duration = _Histogram(
             "gen_ai_server_request_duration_seconds",
             "From request to last byte.",
             (*_GEN_AI, "error_type"),
             buckets=_DURATION,
             registry=own,
         )
-        self.first_byte = Histogram(
+        self.first_byte = _Histogram(
             "gen_ai_server_time_to_first_token_seconds",
             "From request to first byte.",
             _GEN_AI,
             buckets=_FIRST,
             registry=own,
         )
-        self.tokens = Histogram(
+        self.tokens = _Histogram(
             "gen_ai_client_token_usage_token",
             "Tokens of a request and of its answer.",
             (*_GEN_AI, "gen_ai_token_type"),
@@ -94,11 +147,13 @@ class Metrics:
             registry=own,
             multiprocess_mode="livemax",
         )
-        self._arm = lru_cache(4096)(self._children)
+        self.begun: Tally[str] = Tally()
+        """Requests being answered, by route."""
+        self._seen: dict[tuple[str, str, str, str, int, str], _Answers] = {}
 
-    def _children(self, route: str, arm: str, model: str, endpoint: str, status: int, error: str) -> tuple[Any, ...]:
+    def _answers(self, route: str, arm: str, model: str, endpoint: str, status: int, error: str) -> _Answers:
         gen_ai = (OPERATIONS.get(endpoint, endpoint), route, model, arm)
-        return (
+        return _Answers(
             self.requests.labels(route, arm, str(status), error),
             self.duration.labels(*gen_ai, error),
             self.first_byte.labels(*gen_ai),
@@ -108,16 +163,25 @@ class Metrics:
 
     def answered(self, fact: Interaction) -> None:
         by = fact.answerer
-        found = self._arm(fact.route, by.arm, by.model, fact.endpoint, fact.status, fact.error or "")
-        requests, duration, first_byte, tokens_in, tokens_out = found
-        requests.inc()
-        duration.observe(fact.duration)
+        labels = fact.route, by.arm, by.model, fact.endpoint, fact.status, fact.error or ""
+        found = self._seen.get(labels)
+        if found is None:
+            found = self._seen[labels] = self._answers(*labels)
+        found.n += 1
+        found.duration.add(fact.duration)
         if fact.first_byte is not None:
-            first_byte.observe(fact.first_byte)
+            found.first_byte.add(fact.first_byte)
         if fact.tokens_in:
-            tokens_in.observe(fact.tokens_in)
+            found.tokens_in.add(fact.tokens_in)
         if fact.tokens_out:
-            tokens_out.observe(fact.tokens_out)
+            found.tokens_out.add(fact.tokens_out)
+
+    def flush(self) -> None:
+        """Put what was counted where the page is made from. On the event loop that counts."""
+        for route, count in self.begun.items():
+            self.in_flight.labels(route).set(count)
+        for seen in self._seen.values():
+            seen.flush()
 
     def page(self) -> bytes:
         """All workers' metrics as text."""

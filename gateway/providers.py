@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
 
 from gateway.openai import ApiError, Fields, error_body
-from gateway.upstream import Cut, TimedOut, Timeouts, UpstreamError
+from gateway.upstream import Cut, Reader, TimedOut, Timeouts, UpstreamError
 from router.policy import Arm
 
 _CALLS = {"chat/completions": "acompletion", "completions": "atext_completion", "embeddings": "aembedding"}
@@ -82,6 +82,7 @@ class Reply:
         kind = b"application/json" if rest is None else b"text/event-stream; charset=utf-8"
         self.status = status
         self.headers: list[tuple[bytes, bytes]] = [(b"content-type", kind)]
+        self.streams = rest is not None
         self._first = first
         self._rest = rest
         self._idle = idle
@@ -97,6 +98,18 @@ class Reply:
             raise TimedOut(f"the provider was silent for {self._idle:g} s in the middle of its answer") from None
         except Exception as error:
             raise Cut(f"the provider broke off its answer: {type(error).__name__}") from error
+
+    async def relay(self, put: Callable[[bytes], None], reader: Reader) -> None:
+        """Have every piece `put`, no faster than `reader` takes it."""
+        free = asyncio.Event()
+        reader.on_full = lambda full: free.clear() if full else free.set()
+        try:
+            async for part in self._parts():
+                put(part)
+                if reader.full:
+                    await free.wait()
+        finally:
+            reader.on_full = None
 
     async def read_all(self) -> bytes:
         return b"".join([part async for part in self._parts()])

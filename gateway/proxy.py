@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from gateway.arms import Lineup, Lineups, Route, dress
-from gateway.asgi import ClientLeft, Receive, Scope, Send, count, read_body, send_error
+from gateway.asgi import Client, ClientLeft, Receive, Scope, Send, client_of, count, read_body, send_error
 from gateway.auth import Caller, Identity, KeyRing, Pseudonyms, TokenSigner, identify
 from gateway.metrics import Metrics
 from gateway.openai import (
@@ -40,7 +39,7 @@ from router.bandit import unit_hash
 from router.features import key_of
 from router.policy import Arm
 from router.segments import Segmenter, assign, prompt_of
-from telemetry.events import Answerer, Interaction, Shadow, new_id
+from telemetry.events import Answerer, Interaction, Shadow, new_id, random_hex
 from telemetry.privacy import Captures
 from telemetry.threads import thread_of
 
@@ -48,6 +47,7 @@ __all__ = ["AskProvider", "Proxy", "Route", "Visit", "dress"]
 
 log = logging.getLogger("understudy.gateway")
 
+JSON = (b"content-type", b"application/json")
 COPY_LIMIT = 4 * 1024 * 1024
 """Bytes of an answer that are kept to be read; a longer one is relayed whole and read in part."""
 SHALLOW = 256
@@ -115,7 +115,7 @@ class Visit:
             self.trace_id, self.parent_span_id = parent[1], parent[2]
         else:
             self.trace_id = new_id()  # ids that begin with the time keep the journal's index in one place
-        self.span_id = os.urandom(8).hex()
+        self.span_id = random_hex()[:16]
 
     def head(self, replica: Replica) -> bytes:
         """Begin an attempt at a replica, under a request id of its own; the header lines that it gets."""
@@ -180,13 +180,12 @@ class Proxy:
         choice, recalled = await self._choose(route, lineup, pinned, who, ask, fields)
         errand = Errand(route, lineup, choice, ask, fields, who)
         visit.begin_trace()
-        in_flight = self._metrics.in_flight.labels(route.name)
-        in_flight.inc()
+        self._metrics.begun[route.name] += 1
         self.shadows.busy += 1
         try:
-            await self._answer(visit, errand, scope, send)
+            await self._answer(visit, errand, client_of(scope, receive, send))
         finally:
-            in_flight.dec()
+            self._metrics.begun[route.name] -= 1
             self.shadows.busy -= 1
             fact = self._leave_fact(visit, errand, recalled)
             self.shadows.consider(route, ask, fields, fact, visit.characters)
@@ -224,8 +223,7 @@ class Proxy:
         self,
         visit: Visit,
         errand: Errand,
-        scope: Scope,
-        send: Send,
+        client: Client,
     ) -> None:
         """Ask and relay, until the answer ends, the upstream fails or the client leaves."""
         task = asyncio.current_task()
@@ -235,25 +233,22 @@ class Proxy:
             visit.left = True
             task.cancel()
 
-        watch = scope["extensions"]["understudy.leaving"]
-        watch(leave)
+        client.leaving(leave)
         reply: Reading | None = None
         try:
             reply = await self._ask(visit, errand)
             headers = self._headers(visit, reply, errand.who)
-            if _is_stream(reply):
-                visit.stream = True
-                await self._relay_stream(visit, reply, headers, UsageFilter() if visit.strip_usage else None, send)
+            if reply.streams:
+                await self._relay_stream(visit, reply, headers, UsageFilter() if visit.strip_usage else None, client)
             else:
-                await self._relay_whole(visit, reply, headers, send)
+                await self._relay_whole(visit, reply, headers, client)
+            await client.finish()
         except UpstreamError as error:
             visit.status, visit.error = error.status, error.kind
-            watch(None)
-            await send_error(
-                send,
-                ApiError(error.status, str(error), type="upstream_error", code=error.kind),
-                self._own(visit, errand.who),
-            )
+            client.leaving(None)
+            refusal = ApiError(error.status, str(error), type="upstream_error", code=error.kind)
+            client.respond(error.status, [JSON, *self._own(visit, errand.who)], refusal.body)
+            await client.finish()
         except asyncio.CancelledError:
             if not visit.left:  # the server is being stopped
                 visit.error = visit.error or "internal"
@@ -264,7 +259,7 @@ class Proxy:
             visit.error = "internal"
             raise
         finally:
-            watch(None)
+            client.leaving(None)
             if reply is not None:
                 reply.abort()
 
@@ -293,20 +288,22 @@ class Proxy:
         reply: Reading,
         headers: list[tuple[bytes, bytes]],
         usage: UsageFilter | None,
-        send: Send,
+        client: Client,
     ) -> None:
         """Pass on each piece as it comes. Its first piece is here already, so the head may go out."""
-        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        visit.status = reply.status
+
+        def put(data: bytes) -> None:
+            visit.keep(data)
+            if usage is not None:
+                data = usage.feed(data)
+            if data:
+                client.write(data)
+
+        client.begin(reply.status, headers)
+        visit.stream, visit.status = True, reply.status
+        visit.first_byte = time.perf_counter() - visit.started
         try:
-            while data := await reply.read():
-                if visit.first_byte is None:
-                    visit.first_byte = time.perf_counter() - visit.started
-                visit.keep(data)
-                if usage is not None:
-                    data = usage.feed(data)
-                if data:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            await reply.relay(put, client)
             rest = usage.end() if usage is not None else b""
         except UpstreamError as error:
             visit.error = error.kind
@@ -314,14 +311,14 @@ class Proxy:
             rest = (b"" if usage is not None else b"\n\n") + b"data: %b\n\n" % error_body(
                 str(error), "upstream_error", code=error.kind
             )
-        await send({"type": "http.response.body", "body": rest})
+        client.end(rest)
 
     async def _relay_whole(
         self,
         visit: Visit,
         reply: Reading,
         headers: list[tuple[bytes, bytes]],
-        send: Send,
+        client: Client,
     ) -> None:
         """Read all, then send: an upstream that dies in the middle still becomes a proper error."""
         body = await reply.read_all()
@@ -330,9 +327,7 @@ class Proxy:
         visit.status = reply.status
         if reply.status >= 400:
             visit.error = "upstream_error"
-        headers.append((b"content-length", b"%d" % len(body)))
-        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        client.respond(reply.status, headers, body)
 
     def _headers(self, visit: Visit, reply: Reading, who: Identity) -> list[tuple[bytes, bytes]]:
         return [(k, v) for k, v in reply.headers if k not in _NOT_RELAYED] + self._own(visit, who)
@@ -460,11 +455,6 @@ def segment_of(route: Route, who: Identity, fields: Fields, segmenter: Segmenter
             return assign(segmenter, prompt_of(said)) if said is not None else ""
         case _:
             return ""
-
-
-def _is_stream(reply: Reading) -> bool:
-    kind = next((value for key, value in reply.headers if key == b"content-type"), b"")
-    return reply.status < 400 and kind.startswith(b"text/event-stream")
 
 
 def _readable(raw: msgspec.Raw | None) -> tuple[msgspec.Raw | None, Any]:

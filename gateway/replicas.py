@@ -18,7 +18,7 @@ import msgspec
 from prometheus_client import Counter
 
 from gateway.arms import Lineup, Lineups, Route
-from gateway.upstream import ConnectTimedOut, Refused, Replica, Reply, Timeouts, UpstreamError, in_order
+from gateway.upstream import ConnectTimedOut, Reader, Refused, Replica, Reply, Timeouts, UpstreamError, in_order
 
 log = logging.getLogger("understudy.gateway")
 
@@ -34,7 +34,10 @@ class Reading(Protocol):
 
     status: int
     headers: list[tuple[bytes, bytes]]
+    streams: bool
+    """Whether its pieces are to be passed on as they come."""
 
+    async def relay(self, put: Callable[[bytes], None], reader: Reader) -> None: ...
     async def read(self) -> bytes: ...
     async def read_all(self) -> bytes: ...
     def abort(self) -> None: ...
@@ -137,8 +140,12 @@ class _Read:
     def __init__(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         self.status = status
         self.headers = headers
+        self.streams = False
         self.body = body
         self._left = body
+
+    async def relay(self, put: Callable[[bytes], None], reader: Reader) -> None:
+        put(await self.read())
 
     async def read(self) -> bytes:
         data, self._left = self._left, b""

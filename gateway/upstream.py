@@ -1,7 +1,8 @@
 """Our HTTP/1.1 client: an asyncio protocol over httptools with a pool of connections for each replica.
 
-A request's way: `Replica.post` → a connection from the pool (or a new one) → bytes written → `Reply` with the
-status and headers once the first piece of the body (or its end) is here → `read` until b"" → back to the pool.
+A request's way: `Replica.post` → a connection from the pool (or a new one) → bytes written → `Reply` with status and
+headers, once the first piece of a stream or the whole of another answer is here → the rest of a stream goes on from
+where it is received to who waits for it (`relay`), no coroutine woken between → back to the pool.
 
 Whatever goes wrong is one of four `UpstreamError`s, and each says whether the upstream can have begun to work.
 A pooled connection that the upstream closed while it lay idle is replaced once, silently: nothing was answered.
@@ -13,8 +14,9 @@ import asyncio
 import ssl
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -58,6 +60,16 @@ class Garbage(UpstreamError):
     kind = "upstream_garbage"
 
 
+class Reader(Protocol):
+    """Who gets an answer, and may be slower than it comes."""
+
+    on_full: Callable[[bool], None] | None
+    """Told True when more should not be sent for now, False when it may be."""
+
+    @property
+    def full(self) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """Seconds: to connect; from the request to the first byte of the answer's body; between its bytes."""
@@ -78,6 +90,8 @@ class _Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
+        self.put: Callable[[bytes], None] | None = None
+        """Where pieces of the body go as they come; None while they are kept to be taken."""
         self.begin()
 
     def begin(self) -> None:
@@ -88,10 +102,13 @@ class _Connection(asyncio.Protocol):
         self.buffered = 0
         self.seen = 0
         self.head_done = False
+        self.streams = False
+        """Whether its pieces are to be passed on as they come: server-sent events that are no error's."""
         self.complete = False
         self.reusable = False
-        self.failure: UpstreamError | None = None
-        self._paused = False
+        self.failure: Exception | None = None
+        self._paused = self._held = False
+        self._touched = self._loop.time()
 
     # asyncio.Protocol
 
@@ -103,6 +120,7 @@ class _Connection(asyncio.Protocol):
             self.abort()
             return
         self.seen += len(data)
+        self._touched = self._loop.time()
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -111,10 +129,12 @@ class _Connection(asyncio.Protocol):
         if not self.head_done and self.seen > HEAD_LIMIT:
             self.failure = Garbage(f"the upstream's headers exceed {HEAD_LIMIT} bytes")
             self.abort()
-        if self.buffered > HIGH_WATER and not self._paused and self.transport is not None:
-            self._paused = True
-            self.transport.pause_reading()
-        self._wake()
+        if self.put is not None and self.body:
+            self._pass_on(self.put)
+        elif self.streams and self.buffered > HIGH_WATER:
+            self._pause(True)
+        if self.complete or (self.streams and self.put is None):
+            self._wake()
 
     def eof_received(self) -> bool:
         return False
@@ -157,8 +177,9 @@ class _Connection(asyncio.Protocol):
             raise Garbage("its headers are too large")
         self.head_done = True
         self.status = status
-        names = {name for name, _ in self.headers}
+        names = dict(self.headers)
         self._ends_at_close = b"content-length" not in names and b"transfer-encoding" not in names
+        self.streams = status < 400 and names.get(b"content-type", b"").startswith(b"text/event-stream")
 
     def on_body(self, data: bytes) -> None:
         self.body.append(data)
@@ -183,29 +204,55 @@ class _Connection(asyncio.Protocol):
                 return False
         return True
 
-    async def wait(self, timeout: float) -> bool:
-        """Until there is a piece of body, or the end. False if `timeout` s passed without."""
-        deadline = self._loop.time() + timeout
-        while not (self.head_done and self.body) and not self.complete and not self.closed:
+    async def wait(self, first: float, idle: float, whole: bool = False) -> bool:
+        """Until a piece of a stream is here, or all of another answer, or (`whole`) of either; or it can come no more.
+
+        False if `first` s passed without a byte of the body, or later `idle` s between two.
+        """
+        asked = self._loop.time()
+        while not (self.complete or self.closed or (self.streams and self.body and not whole)):
+            begun = whole or (self.head_done and self.buffered > 0)
+            due = max(self._touched, asked) + idle if begun else asked + first
+            if self._held:
+                due = self._loop.time() + idle  # it is not the upstream that is slow
+            elif self._loop.time() >= due:
+                return False
             self._waiter = self._loop.create_future()
-            timer = self._loop.call_at(deadline, self._wake)
+            timer = self._loop.call_at(due, self._wake)
             try:
                 await self._waiter
             finally:
                 timer.cancel()
                 self._waiter = None
-            if self._loop.time() >= deadline and not self.body and not self.complete and not self.closed:
-                return False
         return True
 
     def take(self) -> bytes:
         data = self.body[0] if len(self.body) == 1 else b"".join(self.body)
         self.body.clear()
         self.buffered = 0
-        if self._paused and self.transport is not None and not self.closed:
-            self._paused = False
-            self.transport.resume_reading()
+        if not self._held:
+            self._pause(False)
         return data
+
+    def hold(self, on: bool) -> None:
+        """Let the upstream wait, for who reads its answer is slow; or no more."""
+        self._held, self._touched = on, self._loop.time()
+        self._pause(on)
+
+    def _pass_on(self, put: Callable[[bytes], None]) -> None:
+        try:
+            put(self.take())
+        except Exception as error:  # the event loop would only write it to its log
+            self.failure = error
+            self.abort()
+
+    def _pause(self, on: bool) -> None:
+        if on != self._paused and self.transport is not None and not self.closed:
+            self._paused = on
+            if on:
+                self.transport.pause_reading()
+            else:
+                self.transport.resume_reading()
 
     def abort(self) -> None:
         self.closed = True
@@ -224,6 +271,7 @@ class Reply:
     def __init__(self, connection: _Connection, replica: Replica, timeouts: Timeouts) -> None:
         self.status: int = connection.status
         self.headers = connection.headers
+        self.streams = connection.streams
         self._connection = connection
         self._replica = replica
         self._timeouts = timeouts
@@ -235,19 +283,41 @@ class Reply:
     async def read(self) -> bytes:
         """The next piece of the body as it came; b"" at its end. Raises `Cut`, `TimedOut` or `Garbage`."""
         connection = self._connection
-        waits = not connection.body and not connection.complete and not connection.closed
-        if waits and not await connection.wait(self._timeouts.idle):
+        if not connection.body and not await connection.wait(self._timeouts.idle, self._timeouts.idle):
             self.abort()
-            raise TimedOut(f"the upstream was silent for {self._timeouts.idle:g} s in the middle of its answer")
+            raise _silent(self._timeouts.idle)
         if connection.body:
             return connection.take()
-        if not connection.complete:
+        self._end()
+        return b""
+
+    async def relay(self, put: Callable[[bytes], None], reader: Reader) -> None:
+        """Have every piece `put` as it comes, no faster than `reader` takes it; return at the end.
+
+        Raises `Cut`, `TimedOut` or `Garbage`, and what `put` raises.
+        """
+        connection = self._connection
+        if connection.body:
+            put(connection.take())
+        connection.put, reader.on_full = put, connection.hold
+        try:
+            if reader.full:
+                connection.hold(True)
+            if not await connection.wait(self._timeouts.idle, self._timeouts.idle, whole=True):
+                self.abort()
+                raise _silent(self._timeouts.idle)
+        finally:
+            connection.put = reader.on_full = None
+        self._end()
+
+    def _end(self) -> None:
+        """The body ended: as it should, or before. Raises what went wrong."""
+        if not self._connection.complete:
             self.abort()
-            raise connection.failure or Cut("the upstream closed the connection in the middle of its answer")
+            raise self._connection.failure or _cut()
         if not self._done:
             self._done = True
-            self._replica.give_back(connection)
-        return b""
+            self._replica.give_back(self._connection)
 
     async def read_all(self) -> bytes:
         parts = []
@@ -314,13 +384,17 @@ class Replica:
                 fresh = connection.used == 0
                 connection.used += 1
                 sent = await connection.send(data, timeouts.first_byte)
-                if not sent or not await connection.wait(timeouts.first_byte):
+                if not sent or not await connection.wait(timeouts.first_byte, timeouts.idle):
+                    if connection.buffered:
+                        raise _silent(timeouts.idle)
                     raise TimedOut(f"{self.url} sent no byte of an answer within {timeouts.first_byte:g} s")
-                if connection.head_done and (connection.body or connection.complete):
+                if connection.complete or (connection.streams and connection.body):
                     self.failures, self.down_until = 0, 0.0
                     return Reply(connection, self, timeouts)
                 if connection.failure is not None:
                     raise connection.failure
+                if connection.buffered:
+                    raise _cut()
                 if connection.seen or fresh:
                     raise Refused(f"{self.url} closed the connection without an answer")
         except BaseException:
@@ -369,6 +443,14 @@ class Replica:
         for connection in self._idle:
             connection.abort()
         self._idle.clear()
+
+
+def _silent(idle: float) -> TimedOut:
+    return TimedOut(f"the upstream was silent for {idle:g} s in the middle of its answer")
+
+
+def _cut() -> Cut:
+    return Cut("the upstream closed the connection in the middle of its answer")
 
 
 def in_order(replicas: list[Replica], u: float) -> list[Replica]:

@@ -200,7 +200,9 @@ def _content(content: Any, calls: Sequence[Any], role: str) -> bytes:
         text = _without_reasoning(text)
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
-    body = " ".join(text.split()).encode("utf-8", "surrogatepass")
+    if not text.isprintable() or "  " in text or text[:1] == " " or text[-1:] == " ":  # else it is as it would be
+        text = " ".join(text.split())
+    body = text.encode("utf-8", "surrogatepass")
     for call in calls:
         body += b"\x1d" + _call(call).encode("utf-8", "surrogatepass")
     return body
@@ -237,9 +239,15 @@ def _without_reasoning(text: str) -> str:
 
 def _add(hashed: Any, part: Part) -> None:
     role, body = part
-    hashed.update(b"%d:%s:%d:" % (len(role), role.encode("utf-8", "surrogatepass"), len(body)))
-    hashed.update(body)
+    hashed.update(b"%b%d:%b" % (_ROLES.get(role) or _role(role), len(body), body))
+
+
+def _role(role: str) -> bytes:
+    return b"%d:%b:" % (len(role), role.encode("utf-8", "surrogatepass"))
+
+
+_ROLES = {role: _role(role) for role in ("user", "assistant", "tool", "function")}
 
 
 def _key(hashed: Any) -> str:
-    return str(hashed.copy().digest().hex())
+    return str(hashed.hexdigest())

@@ -84,7 +84,8 @@ def ask(text: str = "hello", **fields: Any) -> dict[str, Any]:
 class Gateway:
     """A gateway that runs. Its journal and store are opened anew on each look, as another process would."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, http: str | None = None) -> None:
+        """`http`: uvicorn's own implementation, in the place of ours."""
         self.settings = load(config)
         self.port = 0
         self.controller_failed: BaseException | None = None
@@ -96,6 +97,8 @@ class Gateway:
         self._listening.bind(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         self._server = server(self.settings)
+        if http is not None:
+            self._server.config.http = http  # type: ignore[assignment]
         self._server.main_loop = self._until_told  # type: ignore[method-assign]
         self._threads = [
             threading.Thread(target=self._server.run, args=([self._listening],), name="gateway", daemon=True),
@@ -263,10 +266,11 @@ def gateway(tmp_path: Path) -> Iterator[MakeGateway]:
         if "reward" in options:
             route["reward"] = options.pop("reward")
         options["auth"] = {"feedback_per_minute": 1e6} | options.get("auth", {})
+        http = options.pop("http", None)
         config = tmp_path / f"understudy-{len(made)}.yaml"
         state = options.pop("state", f"sqlite:////{str(tmp_path).lstrip('/')}/state-{len(made)}.db")
         config.write_text(yaml.safe_dump({"state": state, "routes": {ROUTE: route}} | options, sort_keys=False))
-        made.append(Gateway(config).start())
+        made.append(Gateway(config, http).start())
         return made[-1]
 
     yield make

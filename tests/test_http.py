@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 from conftest import eventually
 
+from gateway.asgi import client_of
 from gateway.http import protocol
 
 HELLO = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -34,13 +35,12 @@ class Watcher:
     ) -> None:
         while self.wait_first and (await receive())["type"] != "http.disconnect":
             pass
-        watch = scope["extensions"]["understudy.leaving"]
-        watch(self._tell)
+        client = client_of(scope, receive, send)
+        client.leaving(self._tell)
         self.watching += 1
         if self.answer:
-            watch(None)
-            await send({"type": "http.response.start", "status": 204, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
+            client.leaving(None)
+            client.respond(204, [], b"")
         else:
             while (await receive())["type"] != "http.disconnect":
                 pass

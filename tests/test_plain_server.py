@@ -1,0 +1,65 @@
+"""The gateway behind servers that know nothing but ASGI: what clients and the journal see is the same to the byte."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import pytest
+from conftest import Gateway, MakeGateway, ask
+from fake_vllm import Behaviour, FakeVllm
+
+EVENT = (
+    b"data: " + json.dumps({"choices": [{"index": 0, "delta": {"content": "\u65e5\u672c " * 400}}]}).encode() + b"\n\n"
+)
+OURS = ("x-request-id", "x-understudy-feedback-token", "server-timing", "date", "connection", "keep-alive")
+"""Headers that differ by nature, or by server."""
+ANSWERS: dict[str, Behaviour | None] = {
+    "as it should": None,
+    "an error's status": Behaviour("status", status=422),
+    "cut in the middle": Behaviour("die_mid_stream", after=2),
+    "every byte alone": Behaviour("split", data=b"event: a\r\ndata: \xff\xfe\r\n\r\ndata: {}\n\n: c\n\n\ndata: [DONE]"),
+    "megabytes": Behaviour("split", data=EVENT * 500, offsets=tuple(range(60_001, 500 * len(EVENT), 60_001))),
+    "no HTTP": Behaviour("garbage", data=b"hello\r\n\r\n"),
+    "dropped": Behaviour("close_before_answer"),
+    "cut in its body": Behaviour("die_mid_body"),
+}
+
+
+@pytest.fixture(params=["httptools", "h11"])
+def pair(request: pytest.FixtureRequest, gateway: MakeGateway, fake: FakeVllm) -> tuple[Gateway, Gateway]:
+    return gateway(fake), gateway(fake, http=request.param)
+
+
+def said(gw: Gateway, fake: FakeVllm, how: Behaviour | None, asked: dict[str, Any]) -> Any:
+    if how is not None:
+        fake.script(how)
+    found = gw.http.post("/v1/chat/completions", content=json.dumps(asked))
+    own = gw.interaction(len(gw.interactions()) or 1)
+    headers = {name: value for name, value in found.headers.items() if name not in OURS}
+    body = found.content.replace(own.request_id.encode(), b"ID")
+    headers.pop("content-length", None)
+    return found.status_code, headers, body, own.status, own.error, own.stream, own.answer
+
+
+@pytest.mark.parametrize("how", ANSWERS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_are_the_same(pair: tuple[Gateway, Gateway], fake: FakeVllm, how: str, stream: bool) -> None:
+    asked = ask("Tell me.", stream=stream)
+    ours, plain = (said(gw, fake, ANSWERS[how], asked) for gw in pair)
+    assert ours == plain
+    assert ours[0] != 200 or ours[2]
+
+
+def test_a_client_that_leaves_stops_the_upstream(pair: tuple[Gateway, Gateway], fake: FakeVllm) -> None:
+    for gw in pair:
+        fake.script(Behaviour("slow", delay=0.05))
+        n = len(fake.requests)
+        body = json.dumps(ask("Tell me.", stream=True)).encode()
+        with socket.create_connection(("127.0.0.1", gw.port)) as wire:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            wire.sendall(head.encode() + body)
+            assert wire.recv(1000).startswith(b"HTTP/1.1 200")
+        fake.wait_for(lambda n=n: len(fake.requests) > n and fake.requests[n].aborted)
+        assert gw.interaction().error == "client_left"
