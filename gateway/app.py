@@ -239,6 +239,7 @@ class _Gateway:
         finally:
             for task in behind:
                 task.cancel()
+            self._metrics.flush()
             await self._proxy.shadows.close()
             await asyncio.to_thread(self._sessions.close)
             await asyncio.to_thread(thread.shutdown, cancel_futures=True)
@@ -278,8 +279,8 @@ class _Gateway:
         complained = False
         while True:
             await asyncio.sleep(pause)
-            self._metrics.flush()
             try:
+                self._metrics.flush()
                 self._known = await asyncio.to_thread(self._exchange, self._known)
                 self._tokens.refresh(self._known.tokens)
                 self._proxy.shadows.drop_stale()

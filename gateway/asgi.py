@@ -8,7 +8,6 @@ what makes a gateway slow. It goes to a `Client`. Our own server offers one that
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Protocol, cast
@@ -74,17 +73,21 @@ class Plain:
         self._waiting: deque[MutableMapping[str, Any]] = deque()
         self._bytes = 0
         self._left = False
+        self._failed: Exception | None = None
         self._sending: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._told: Callable[[], None] | None = None
 
     @property
     def full(self) -> bool:
         return self._bytes > HIGH_WATER
 
     def leaving(self, told: Callable[[], None] | None) -> None:
-        if self._watching is not None:
+        self._told = told
+        if told is None and self._watching is not None:
             self._watching.cancel()
-        self._watching = asyncio.ensure_future(self._watch(told)) if told is not None else None
+        elif told is not None and self._watching is None:
+            self._watching = asyncio.ensure_future(self._watch())
 
     def respond(self, status: int, headers: Headers, body: bytes) -> None:
         self.begin(status, [*headers, (b"content-length", b"%d" % len(body))])
@@ -102,8 +105,9 @@ class Plain:
 
     async def finish(self) -> None:
         if self._sending is not None:
-            with contextlib.suppress(OSError):  # as servers tell that the client left
-                await self._sending
+            await self._sending
+        if self._failed is not None and not isinstance(self._failed, OSError):
+            raise self._failed
 
     def _put(self, message: MutableMapping[str, Any]) -> None:
         if self._left:
@@ -117,18 +121,33 @@ class Plain:
 
     async def _send_all(self) -> None:
         while self._waiting:
-            message = self._waiting.popleft()
-            await self._send(message)
-            was_full = self.full
+            message, was_full = self._waiting.popleft(), self.full
+            try:
+                await self._send(message)
+            except Exception as error:  # an OSError says that the client left
+                self._failed = error
+                self._leave()
+                return
             self._bytes -= len(message.get("body", b""))
             if was_full and not self.full and self.on_full is not None:
                 self.on_full(False)
 
-    async def _watch(self, told: Callable[[], None]) -> None:
+    async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        if self._sending is not None:
+            self._sending.cancel()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Nothing can be sent any more."""
         self._left = True
-        told()
+        self._waiting.clear()
+        self._bytes = 0
+        if self.on_full is not None:
+            self.on_full(False)
+        if self._told is not None:
+            self._told()
 
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int, patience: float = PATIENCE) -> bytes:

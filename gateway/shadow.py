@@ -38,6 +38,7 @@ BUSY = 200
 LONGEST = 120.0
 """Seconds that an answer may take, however steadily it comes, beyond twice those of the one that was shown."""
 MOST_READ = 4 << 20
+"""Bytes of a stream."""
 """Bytes of an answer that are read; a longer one is stopped, and is no worse for it."""
 
 
@@ -232,21 +233,19 @@ def _head(_: Replica) -> bytes:
 
 async def _read(reply: Reading, started: float) -> tuple[Answer, float | None]:
     """What an answer says, and the seconds to its first byte; to its last, where it is no stream, as for real ones."""
-    kind = next((value for key, value in reply.headers if key == b"content-type"), b"")
-    stream = reply.status < 400 and kind.startswith(b"text/event-stream")
     parts, size, first_byte = list[bytes](), 0, None
     try:
         while size < MOST_READ and (data := await reply.read()):
-            if first_byte is None and stream:
+            if first_byte is None and reply.streams:
                 first_byte = time.perf_counter() - started
             parts.append(data)
             size += len(data)
     finally:
         reply.abort()
     body = b"".join(parts)
-    answer = read_stream(body) if stream else read_answer(body)
+    answer = read_stream(body) if reply.streams else read_answer(body)
     answer.unreadable = answer.unreadable and size < MOST_READ
-    return answer, first_byte if stream else time.perf_counter() - started
+    return answer, first_byte if reply.streams else time.perf_counter() - started
 
 
 def _flaw(answer: Answer) -> str | None:

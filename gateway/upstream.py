@@ -120,6 +120,7 @@ class _Connection(asyncio.Protocol):
             self.abort()
             return
         self.seen += len(data)
+        waits_for_first = not self.streams and not self.buffered
         self._touched = self._loop.time()
         try:
             self._parser.feed_data(data)
@@ -133,7 +134,8 @@ class _Connection(asyncio.Protocol):
             self._pass_on(self.put)
         elif self.streams and self.buffered > HIGH_WATER:
             self._pause(True)
-        if self.complete or (self.streams and self.put is None):
+        begun = waits_for_first and self.buffered > 0  # from here on another patience holds
+        if self.complete or begun or (self.streams and self.put is None):
             self._wake()
 
     def eof_received(self) -> bool:
@@ -179,7 +181,11 @@ class _Connection(asyncio.Protocol):
         self.status = status
         names = dict(self.headers)
         self._ends_at_close = b"content-length" not in names and b"transfer-encoding" not in names
-        self.streams = status < 400 and names.get(b"content-type", b"").startswith(b"text/event-stream")
+        self.streams = (
+            status < 400
+            and status not in (204, 304)
+            and names.get(b"content-type", b"").startswith(b"text/event-stream")
+        )
 
     def on_body(self, data: bytes) -> None:
         self.body.append(data)
@@ -243,7 +249,7 @@ class _Connection(asyncio.Protocol):
         try:
             put(self.take())
         except Exception as error:  # the event loop would only write it to its log
-            self.failure = error
+            self.failure, self.complete = error, False
             self.abort()
 
     def _pause(self, on: bool) -> None:
@@ -308,6 +314,7 @@ class Reply:
                 raise _silent(self._timeouts.idle)
         finally:
             connection.put = reader.on_full = None
+            connection.hold(False)  # the last piece may have filled the reader; the next answer is another's
         self._end()
 
     def _end(self) -> None:

@@ -233,6 +233,13 @@ def test_an_answer_that_falls_silent_is_a_504(impatient: House) -> None:
     assert (fact.error, fact.status, fact.answer) == ("upstream_timeout", 504, None)
 
 
+def test_between_the_bytes_of_a_whole_answer_another_patience_holds(gateway: MakeGateway, fake: FakeVllm) -> None:
+    gw = gateway(fake, timeouts={"first_byte": "60s", "idle": "300ms"})
+    fake.script(Behaviour("hang_mid_stream"))
+    assert gw.chat().status_code == 504  # the client itself waits for 20 s
+    assert gw.interaction().error == "upstream_timeout"
+
+
 @BOTH
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 422, 429, 500, 502, 503])
 def test_an_upstreams_own_error_is_kept_whole(house: House, stream: bool, status: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 from conftest import Gateway, MakeGateway, ask
 from fake_vllm import Behaviour, FakeVllm
+
+from gateway.asgi import Plain
 
 EVENT = (
     b"data: " + json.dumps({"choices": [{"index": 0, "delta": {"content": "\u65e5\u672c " * 400}}]}).encode() + b"\n\n"
@@ -50,6 +53,68 @@ def test_answers_are_the_same(pair: tuple[Gateway, Gateway], fake: FakeVllm, how
     ours, plain = (said(gw, fake, ANSWERS[how], asked) for gw in pair)
     assert ours == plain
     assert ours[0] != 200 or ours[2]
+
+
+def test_a_connection_whose_last_piece_filled_the_client_can_be_used_again(
+    pair: tuple[Gateway, Gateway], fake: FakeVllm
+) -> None:
+    for gw in pair:
+        for _ in range(3):
+            fake.script(Behaviour("split", data=EVENT * 40, offsets=tuple(range(60_001, 40 * len(EVENT), 60_001))))
+            assert gw.http.post("/v1/chat/completions", json=ask("Tell me.", stream=True)).content == EVENT * 40
+            assert gw.chat("And now?").status_code == 200
+        assert len({one.connection for one in fake.asked()[-6:]}) == 1
+
+
+def test_an_answer_without_a_body_has_none_whatever_it_is_called(pair: tuple[Gateway, Gateway], fake: FakeVllm) -> None:
+    for gw in pair:
+        fake.script(Behaviour("status", status=204, headers={"content-type": "text/event-stream"}))
+        body = json.dumps(ask()).encode()
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        with socket.create_connection(("127.0.0.1", gw.port)) as wire:
+            wire.sendall(head.encode() + body)
+            found = b"".join(iter(lambda: wire.recv(65536), b""))
+        assert found.startswith(b"HTTP/1.1 204")
+        assert found.endswith(b"\r\n\r\n")
+        assert b"chunked" not in found
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("broken")])
+def test_a_server_that_cannot_send_is_told_of_and_gets_no_more(error: Exception) -> None:
+    async def tried() -> tuple[list[bytes], list[str]]:
+        sent: list[bytes] = []
+        told: list[str] = []
+
+        async def send(message: Any) -> None:
+            if message.get("body") == b"two":
+                raise error
+            sent.append(message.get("body", b"head"))
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        client = Plain(receive, send)
+        client.leaving(lambda: told.append("left"))
+        client.on_full = lambda full: told.append("full" if full else "free")
+        client.begin(200, [])
+        client.write(b"one")
+        client.write(b"two")
+        client.write(b"x" * 100_000)
+        for _ in range(9):
+            await asyncio.sleep(0)
+        client.write(b"more")
+        client.end()
+        try:
+            await client.finish()
+        except RuntimeError:
+            told.append("raised")
+        return sent, told
+
+    sent, told = asyncio.run(tried())
+    assert sent == [b"head", b"one"]
+    assert told == ["full", "free", "left"] + ["raised"] * isinstance(error, RuntimeError)
 
 
 def test_a_client_that_leaves_stops_the_upstream(pair: tuple[Gateway, Gateway], fake: FakeVllm) -> None:
