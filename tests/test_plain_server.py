@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from typing import Any
 
@@ -41,7 +42,7 @@ def said(gw: Gateway, fake: FakeVllm, how: Behaviour | None, asked: dict[str, An
     found = gw.http.post("/v1/chat/completions", content=json.dumps(asked))
     own = gw.interaction(len(gw.interactions()) or 1)
     headers = {name: value for name, value in found.headers.items() if name not in OURS}
-    body = found.content.replace(own.request_id.encode(), b"ID")
+    body = re.sub(rb'"created":\d+', b"", found.content.replace(own.request_id.encode(), b"ID"))
     headers.pop("content-length", None)
     return found.status_code, headers, body, own.status, own.error, own.stream, own.answer
 
