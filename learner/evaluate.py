@@ -39,7 +39,7 @@ from learner.refusals import refuses
 from learner.replica import Replica, ServingFailed, Unreachable, listing, serves
 from learner.reward_model import people_prefer
 from learner.score import at_equal_length, padded
-from learner.serving import Expected, agreement
+from learner.serving import Expected, agreement, forced
 from learner.shards import BadDataset, dataset_name, read
 from learner.spec import TrainingFailed
 
@@ -259,8 +259,8 @@ def divergence(replica: Replica, challenger: str, pair: Pair) -> float | None:
     if not said.prompt_ids or not said.token_ids:
         return None
     try:
-        expected = Expected(said.prompt_ids, said.token_ids[:DIVERGING_TOKENS])
-        return 1.0 - agreement(replica, challenger, [expected]).share
+        same = list(forced(replica, challenger, Expected(said.prompt_ids, said.token_ids[:DIVERGING_TOKENS])))
+        return 1.0 - sum(same) / len(same)
     except Unreachable:
         raise
     except ServingFailed:

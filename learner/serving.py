@@ -48,6 +48,7 @@ __all__ = [
     "ServingFailed",
     "Unreachable",
     "agreement",
+    "forced",
     "in_flight",
     "listing",
     "load",
@@ -226,7 +227,7 @@ def agreement(replica: Replica, name: str, expected: Sequence[Expected]) -> Agre
     base = listing(replica).base
     chats = [one for one in expected if one.messages is not None]
     with ThreadPoolExecutor(AT_ONCE) as pool:  # a replica answers several as fast as one
-        ours = list(pool.map(lambda one: list(_forced(replica, name, one)), expected))
+        ours = list(pool.map(lambda one: list(forced(replica, name, one)), expected))
         others = list(pool.map(lambda one: _first_other(replica, base, one), expected))
         places = [one.prompt_to(at) for one, at in zip(expected, others, strict=True) if at is not None][:BESIDE]
         alone = list(pool.map(lambda prompt: _next(replica, base, prompt), places))
@@ -248,10 +249,10 @@ def agreement(replica: Replica, name: str, expected: Sequence[Expected]) -> Agre
 
 def _first_other(replica: Replica, model: str, one: Expected) -> int | None:
     """Where a model first says another token than PEFT."""
-    return next((at for at, same in enumerate(_forced(replica, model, one)) if not same), None)
+    return next((at for at, same in enumerate(forced(replica, model, one)) if not same), None)
 
 
-def _forced(replica: Replica, model: str, one: Expected) -> Iterator[bool]:
+def forced(replica: Replica, model: str, one: Expected) -> Iterator[bool]:
     """Of each token of the answer, whether the model says it after what comes before it."""
     at = 0
     while at < len(one.answer):

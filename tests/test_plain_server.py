@@ -67,6 +67,21 @@ def test_a_connection_whose_last_piece_filled_the_client_can_be_used_again(
         assert len({one.connection for one in fake.asked()[-6:]}) == 1
 
 
+def test_requests_sent_at_once_are_answered_in_their_order(pair: tuple[Gateway, Gateway], fake: FakeVllm) -> None:
+    asked = [json.dumps(ask(f"Number {n}.", stream=n == 0)).encode() for n in range(3)]
+    heads = [f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(one)}\r\n" for one in asked]
+    heads[-1] += "connection: close\r\n"
+    for gw in pair:
+        fake.script(Behaviour("slow", delay=0.02))
+        with socket.create_connection(("127.0.0.1", gw.port)) as wire:
+            wire.sendall(b"".join(f"{head}\r\n".encode() + one for head, one in zip(heads, asked, strict=True)))
+            found = b"".join(iter(lambda: wire.recv(65536), b""))
+        assert found.count(b"HTTP/1.1 200 OK") == 3
+        places = [found.index(text) for text in (b"data: [DONE]", b"Number 1.", b"Number 2.")]
+        assert places == sorted(places)
+        assert [one.stream for one in gw.wait_interactions(3)] == [True, False, False]
+
+
 def test_an_answer_without_a_body_has_none_whatever_it_is_called(pair: tuple[Gateway, Gateway], fake: FakeVllm) -> None:
     for gw in pair:
         fake.script(Behaviour("status", status=204, headers={"content-type": "text/event-stream"}))
