@@ -1,4 +1,4 @@
-# Every target does its own set-up and is quick the second time. Options: VENV=elsewhere, ARGS="what pytest takes".
+# Every target does its own set-up and is quick the second time. Options: VENV=elsewhere, ARGS="what pytest or the bench takes".
 export VENV ?= .venv
 export REDIS_SERVER ?= $(abspath $(VENV))/bin/redis-server
 
@@ -20,10 +20,9 @@ check:  ## Lint, format, types, layout
 	@scripts/setup core
 	@scripts/check
 
-bench:  ## Measure; each script in bench/ says what
-	@scripts/setup core
-	@set -e; for script in bench/[a-z]*.py; do \
-	  if [ -e "$$script" ]; then echo "== $$script"; $(VENV)/bin/python "$$script"; fi; done
+bench:  ## What the gateway costs, ten minutes; each other script of bench/ is run by its name
+	@scripts/setup core redis
+	@$(VENV)/bin/python bench/gateway_load.py $(ARGS)
 
 clean:  ## Remove what was made here, the virtual environment too (VENV= elsewhere stays)
 	@rm -rf .venv .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,144 +1,59 @@
-"""The gateways that can be measured: how each is started on core 0, what it has cost so far, how it is stopped."""
+"""The gateways that can be measured: how each is started on core 0 and what it has cost so far."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from _processes import NotInstalled, cpu, free_port, launch, memory, stop, tree
+from _understudy import ROUTE, Started, Variant, begin, finish, version
+
 KEY = "sk-bench-5f0c7a1e9b3d48f2a6c4e8d1"
 """What clients send as their API key. LiteLLM starts with none but a long one; Understudy takes any by default."""
 GATEWAYS = ("direct", "understudy", "litellm", "vllm-router", "nginx")
 
 
-def pin(core: int) -> Callable[[], None]:
-    """For a child: run on `core` only (where there is more than one)."""
-    cores = sorted(os.sched_getaffinity(0))
-    mine = {cores[min(core, len(cores) - 1)]}
-    return lambda: os.sched_setaffinity(0, mine)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def tree(pid: int) -> list[int]:
-    """`pid` and all processes below it."""
-    found = [pid]
-    for one in found:
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{one}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
-    return found
-
-
-def cpu(pid: int) -> float:
-    """Seconds of CPU that a process has used, its own threads only. 0 if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def memory(pid: int) -> int:
-    """Resident KB."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1])
-    return 0
-
-
-def stop(process: subprocess.Popen[Any]) -> None:
-    """End a process we started and all below it, by their ids."""
-    below = tree(process.pid)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(15)
-    for pid in [pid for pid in below if pid != process.pid] + [process.pid] * (process.poll() is None):
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-class NotInstalled(Exception):
-    """A gateway that cannot be measured here, and why."""
-
-
 @dataclass(slots=True)
 class Target:
-    """A running gateway. `worker` is the process that carries requests, where it can be told from the others."""
+    """A running gateway. `workers` are the processes that carry requests, where they can be told from the others."""
 
     name: str
     version: str
     port: int
     model: str
     process: subprocess.Popen[Any] | None = None
-    worker: int | None = None
+    workers: list[int] = field(default_factory=list)
+    routes: int = 1
+    settle: Callable[[], None] = lambda: None
+    """Waits until it has done all that requests gave it to do."""
 
     def costs(self) -> dict[int, float]:
         return {pid: cpu(pid) for pid in tree(self.process.pid)} if self.process is not None else {}
 
     def role(self, pid: int) -> str:
-        if self.process is None:
-            return "none"
-        if pid == self.worker:
-            return "worker"
-        return "supervisor" if pid == self.process.pid else "others"
+        return "worker" if pid in self.workers else "others"
 
+    @property
+    def memory_mb(self) -> float:
+        """Resident, of all its processes."""
+        return sum(map(memory, tree(self.process.pid))) / 1024 if self.process is not None else 0.0
 
-def launch(
-    command: list[str], folder: Path, name: str, ready: str, seconds: float, env: dict[str, str] | None = None
-) -> subprocess.Popen[Any]:
-    """Start a gateway on core 0 and wait until `ready` answers. Raises `NotInstalled` with the end of its log."""
-    log = folder / f"{name}.log"
-    with log.open("wb") as out:
-        try:
-            process = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                cwd=folder,
-                preexec_fn=pin(0),
-                env=os.environ | (env or {}),
-            )
-        except OSError as error:
-            raise NotInstalled(f"{command[0]}: {error.strerror}") from None
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(ready, timeout=5):
-                return process
-        except (OSError, urllib.error.URLError):
-            time.sleep(0.1)
-    stop(process)
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    raise NotInstalled(f"did not start: {lines[-1][:200] if lines else 'it said nothing'}")
+    @property
+    def worker_mb(self) -> float:
+        return max(map(memory, self.workers), default=0) / 1024
 
 
 def start(name: str, upstream: int, folder: Path, options: argparse.Namespace) -> Target:
     """Start one gateway before the upstream. Raises `NotInstalled`."""
     starters: dict[str, Callable[[int, Path, argparse.Namespace], Target]] = {
         "direct": lambda upstream, *_: Target("direct", "", upstream, "base"),
-        "understudy": start_understudy,
+        "understudy": lambda upstream, folder, _: target_of(begin(Variant(), upstream, folder)),
         "litellm": start_litellm,
         "vllm-router": start_vllm_router,
         "nginx": start_nginx,
@@ -146,36 +61,30 @@ def start(name: str, upstream: int, folder: Path, options: argparse.Namespace) -
     return starters[name](upstream, folder, options)
 
 
-def start_understudy(upstream: int, folder: Path, options: argparse.Namespace) -> Target:
-    port = free_port()
-    otel = f"otel: {{endpoint: 'http://127.0.0.1:{upstream}'}}\n" if options.otel else ""
-    config = folder / "understudy.yaml"
-    config.write_text(
-        f"listen: {{port: {port}, workers: 1}}\n"
-        f"state: sqlite:///{folder / 'understudy.db'}\n{otel}"
-        "routes:\n"
-        "  assistant:\n"
-        f"    upstreams: [http://127.0.0.1:{upstream}]\n"
-        "    arms: {champion: {model: good}, challenger: {model: better}}\n"
-        "    policy: {kind: thompson}\n"
-    )
-    command = [sys.executable, "-m", "understudy", "serve", "--config", str(config)]
-    environment = {"PYTHONPATH": str(ROOT)}
-    process = launch(command, folder, "understudy", f"http://127.0.0.1:{port}/readyz", 60, environment)
-    worker = _worker_of(process.pid, port)
+def target_of(started: Started) -> Target:
+    """Wait until it is ready. Raises `NotInstalled`."""
+    finish(started)
+    variant = started.variant
     return Target(
-        "understudy", installed("understudy") + (" + otel" * options.otel), port, "assistant", process, worker
+        variant.name,
+        version(),
+        started.port,
+        ROUTE,
+        started.process,
+        started.workers,
+        variant.routes,
+        started.settler(),
     )
 
 
-def _worker_of(supervisor: int, port: int) -> int | None:
-    """Which child carries requests: the one whose CPU time grows when requests are made."""
-    before = {pid: cpu(pid) for pid in tree(supervisor)}
-    for _ in range(150):
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
-            page.read()
-    grown = {pid: cpu(pid) - before.get(pid, 0.0) for pid in tree(supervisor) if pid != supervisor}
-    return max(grown, key=lambda pid: grown[pid]) if grown else None
+def start_together(variants: list[Variant], upstream: int, folder: Path, stack: contextlib.ExitStack) -> list[Target]:
+    """Understudy in several variants, side by side; `stack` stops them."""
+    begun = []
+    for variant in variants:
+        started = begin(variant, upstream, folder)
+        stack.callback(stop, started.process)
+        begun.append(started)
+    return [target_of(started) for started in begun]
 
 
 def start_litellm(upstream: int, folder: Path, options: argparse.Namespace) -> Target:
@@ -204,14 +113,26 @@ def start_litellm(upstream: int, folder: Path, options: argparse.Namespace) -> T
     return Target("litellm", found.stdout.strip().splitlines()[-1], port, "assistant", process)
 
 
-def start_vllm_router(upstream: int, folder: Path, _: argparse.Namespace) -> Target:
-    program = shutil.which("vllm-router")
+def start_vllm_router(upstream: int, folder: Path, options: argparse.Namespace) -> Target:
+    program = shutil.which(options.vllm_router)
     if program is None:
-        raise NotInstalled("no `vllm-router` on the PATH")
+        raise NotInstalled(f"no `{options.vllm_router}` on the PATH")
     port = free_port()
     command = [program, "--host", "127.0.0.1", "--port", str(port), "--worker-urls", f"http://127.0.0.1:{upstream}"]
+    command += ["--policy", options.vllm_router_policy] if options.vllm_router_policy else []
     process = launch(command, folder, "vllm-router", f"http://127.0.0.1:{port}/health", 60)
-    return Target("vllm-router", installed("vllm-router"), port, "base", process)
+    version = " ".join(filter(None, (router_version(program), options.vllm_router_policy)))
+    return Target("vllm-router", version, port, "base", process)
+
+
+def router_version(program: str) -> str:
+    """It does not say its version; its Python environment does."""
+    python = Path(program).resolve().with_name("python")
+    asked = "import importlib.metadata as m; print(m.version('vllm-router'))"
+    try:
+        return subprocess.run([str(python), "-c", asked], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return "of unknown version"
 
 
 def start_nginx(upstream: int, folder: Path, _: argparse.Namespace) -> Target:
@@ -233,10 +154,3 @@ def start_nginx(upstream: int, folder: Path, _: argparse.Namespace) -> Target:
     process = launch([program, "-c", str(config), "-p", str(folder)], folder, "nginx", f"http://127.0.0.1:{port}/", 15)
     said = subprocess.run([program, "-v"], capture_output=True, text=True, check=False).stderr
     return Target("nginx", said.strip().rpartition("/")[2], port, "base", process)
-
-
-def installed(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "of a source tree"

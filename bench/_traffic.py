@@ -1,157 +1,31 @@
-"""The two ends of a measured gateway: an upstream that answers as vLLM does, and a crowd of clients.
+"""The crowd of clients before a measured gateway: raw HTTP/1.1 over keep-alive connections, asyncio over uvloop.
 
-Both are asyncio protocols over uvloop, run as processes of their own: `python _traffic.py upstream PORT`, which serves
-until it is stopped, and `python _traffic.py load`, which reads a JSON `Load` a line and prints a JSON `Tally` a line.
+    python _traffic.py
+
+A process of its own, which reads a JSON `Load` a line on stdin and prints a JSON `Tally` a line on stdout.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httptools
 import uvloop
+from _clock import Clock
+from _upstream import CHUNKS, WORDS
 
 CONNECTIONS = 32
-CHUNKS = 64
-GAP = 0.001
-"""Seconds between the chunks of a spaced stream."""
 STALL = 30.0
 """Seconds without any answer after which a load gives up: what is unanswered counts as errors."""
-WORDS = "The quick brown fox jumps over the lazy dog while the gateway counts its microseconds. "
-
-
-# The upstream: answers like vLLM, costs little.
-
-
-def answer(request_id: str) -> bytes:
-    """A whole chat completion of about 1 KB."""
-    body = {
-        "id": f"chatcmpl-{request_id}",
-        "object": "chat.completion",
-        "created": 1760000000,
-        "model": "base",
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": (WORDS * 7)[:600], "refusal": None, "tool_calls": []},
-                "logprobs": None,
-                "finish_reason": "stop",
-                "stop_reason": None,
-            }
-        ],
-        "usage": {"prompt_tokens": 64, "total_tokens": 192, "completion_tokens": 128, "prompt_tokens_details": None},
-        "prompt_logprobs": None,
-    }
-    return json.dumps(body, separators=(",", ":")).encode()
-
-
-def events(request_id: str, usage: bool) -> list[bytes]:
-    """The server-sent events of a stream of `CHUNKS` chunks, then usage if asked for, then [DONE]."""
-    head = {"id": f"chatcmpl-{request_id}", "object": "chat.completion.chunk", "created": 1760000000, "model": "base"}
-    said = WORDS.split()
-    bodies: list[dict[str, Any]] = []
-    for n in range(CHUNKS):
-        delta = {"content": f" {said[n % len(said)]}"} if n else {"role": "assistant", "content": ""}
-        ends = "stop" if n == CHUNKS - 1 else None
-        bodies.append(head | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": ends}]})
-    if usage:
-        counts = {"prompt_tokens": 64, "total_tokens": 128, "completion_tokens": 64}
-        bodies.append(head | {"choices": [], "usage": counts})
-    return [b"data: %b\n\n" % json.dumps(b, separators=(",", ":")).encode() for b in bodies] + [b"data: [DONE]\n\n"]
-
-
-_ID = "@request-id-goes-here@"
-_WHOLE = answer(_ID).split(_ID.encode())
-_STREAMS = {usage: [event.split(_ID.encode()) for event in events(_ID, usage)] for usage in (False, True)}
-
-
-class Upstream(asyncio.Protocol):
-    """One connection of the server."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._parser = httptools.HttpRequestParser(self)
-        self._transport: asyncio.Transport
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
-
-    def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
-
-    def on_message_begin(self) -> None:
-        self._url, self._body, self._id = b"", b"", b"0"
-
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"x-request-id":
-            self._id = value
-
-    def on_body(self, data: bytes) -> None:
-        self._body += data
-
-    def on_message_complete(self) -> None:
-        if self._url.startswith(b"/v1/traces"):  # the collector, for --otel
-            self._reply(b"application/x-protobuf", b"")
-        elif self._url.startswith(b"/v1/chat/completions"):
-            self._chat(json.loads(self._body))
-        elif self._url.startswith(b"/v1/models"):
-            self._reply(b"application/json", b'{"object":"list","data":[{"id":"base","object":"model"}]}')
-        else:
-            self._reply(b"application/json", b"{}")
-
-    def _chat(self, asked: dict[str, Any]) -> None:
-        if not asked.get("stream"):
-            self._reply(b"application/json", self._id.join(_WHOLE))
-            return
-        usage = bool((asked.get("stream_options") or {}).get("include_usage"))
-        chunks = [_chunk(self._id.join(event)) for event in _STREAMS[usage]]
-        head = (
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-        )
-        if "spaced" in json.dumps(asked.get("user")):
-            self._transport.write(head)
-            self._pour(iter(chunks), self._loop.time())
-        else:
-            self._transport.write(head + b"".join(chunks) + b"0\r\n\r\n")
-
-    def _pour(self, chunks: Iterator[bytes], due: float) -> None:
-        """Write a chunk each `GAP`; one that is late does not delay the next."""
-        if self._transport.is_closing():
-            return
-        chunk = next(chunks, None)
-        if chunk is None:
-            self._transport.write(b"0\r\n\r\n")
-            return
-        self._transport.write(chunk)
-        self._loop.call_at(due + GAP, self._pour, chunks, due + GAP)
-
-    def _reply(self, kind: bytes, body: bytes) -> None:
-        self._transport.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n%b" % (kind, len(body), body)
-        )
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-async def serve_upstream(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Upstream, "127.0.0.1", port, backlog=1024)
-    await server.serve_forever()
-
-
-# The load: raw HTTP/1.1 over keep-alive connections.
+_STAMP = re.compile(rb"at=([0-9.]+);")
 
 
 @dataclass(slots=True)
@@ -165,11 +39,22 @@ class Load:
     rate: float = 0.0
     salt: str = ""
     key: str = "none"
+    connections: int = CONNECTIONS
+    delay_ms: int = 0
+    """How long the upstream thinks before it answers."""
+    chunks: int = CHUNKS
+    """Of a stream whose `shape` is "stream_paced"."""
+    routes: int = 1
+    """More than 1: requests go round `model`-0, `model`-1, …"""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What came back. Latencies (`p50`, `p99`) are seconds, from the time a request was due to its last byte."""
+    """What came back, in seconds.
+
+    `p50`, `p99`: from the time a request was due to its last byte; `first_…`: to its first; `late_…`: from the time a
+    chunk of a paced stream was due at the upstream to when it came.
+    """
 
     answered: int = 0
     errors: int = 0
@@ -177,6 +62,12 @@ class Tally:
     seconds: float = 0.0
     p50: float = math.nan
     p99: float = math.nan
+    first_p50: float = math.nan
+    first_p99: float = math.nan
+    chunks: int = 0
+    late_p50: float = math.nan
+    late_p99: float = math.nan
+    late_max: float = math.nan
 
     def fail(self, reason: str) -> None:
         self.errors += 1
@@ -200,9 +91,11 @@ class Client(asyncio.Protocol):
         assert self._transport is not None
         self._parser = httptools.HttpResponseParser(self)
         self._due, self.busy, self._size, self._tail = due, True, 0, b""
+        self._chunks, self._rest, self._first = 0, b"", 0.0
         self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
+        self._first = self._first or time.monotonic()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -211,6 +104,17 @@ class Client(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         self._size += len(data)
         self._tail = (self._tail + data)[-32:]
+        if self._crowd.load.shape == "stream_paced":
+            self._hear(data)
+
+    def _hear(self, data: bytes) -> None:
+        """Chunks that say when they were due; one may come in two pieces."""
+        now = time.monotonic()
+        text, ended, self._rest = (self._rest + data).rpartition(b"\n\n")
+        if ended:
+            found = _STAMP.findall(text)
+            self._chunks += len(found)
+            self._crowd.late.extend([now - float(due) for due in found])
 
     def on_message_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -218,8 +122,12 @@ class Client(asyncio.Protocol):
             self._end(f"status {status}")
         elif self._crowd.load.shape == "unary":
             self._end(None if self._size > 500 else f"{self._size} bytes only")
+        elif not self._tail.rstrip().endswith(b"data: [DONE]"):
+            self._end("a stream without [DONE]")
+        elif self._crowd.load.shape == "stream_paced" and self._chunks != self._crowd.load.chunks:
+            self._end(f"{self._chunks} chunks of {self._crowd.load.chunks}")
         else:
-            self._end(None if self._tail.rstrip().endswith(b"data: [DONE]") else "a stream without [DONE]")
+            self._end(None)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -229,7 +137,7 @@ class Client(asyncio.Protocol):
     def _end(self, reason: str | None) -> None:
         if self.busy:
             self.busy = False
-            self._crowd.answered(self, self._due, reason)
+            self._crowd.answered(self, self._due, self._first, reason)
 
     @property
     def connected(self) -> bool:
@@ -246,34 +154,43 @@ class Crowd:
     def __init__(self, load: Load) -> None:
         self.load = load
         self.tally = Tally()
+        self.late: list[float] = []
         self._latencies: list[float] = []
+        self._firsts: list[float] = []
         self._loop = asyncio.get_running_loop()
         self._free: list[Client] = []
         self._clients: list[Client] = []
-        self._due: list[float] = []
+        self._due: deque[float] = deque()
         self._sent = 0
         self._done = self._loop.create_future()
 
     async def run(self) -> Tally:
         load = self.load
-        for _ in range(min(CONNECTIONS, load.requests) if not load.rate else CONNECTIONS):
+        for _ in range(min(load.connections, load.requests)):
             self._free.append(await self._connect())
-        began, epoch = time.perf_counter(), self._loop.time()  # the loop's clock has steps of a millisecond
+        clock, began = Clock(), time.monotonic()
         if load.rate:
-            for n in range(load.requests):
-                after = n / load.rate
-                self._loop.call_at(epoch + after, self._is_due, began + after)
+            clock.at(began, self._pace, clock, began, 0)
         else:
             for client in list(self._free):
                 self._free.remove(client)
-                self._send(client, time.perf_counter())
+                self._send(client, time.monotonic())
         await self._finish()
-        self.tally.seconds = time.perf_counter() - began
-        if ordered := sorted(self._latencies):
-            self.tally.p50, self.tally.p99 = (ordered[int(q * len(ordered))] for q in (0.50, 0.99))
+        clock.close()
+        tally = self.tally
+        tally.seconds, tally.chunks = time.monotonic() - began, len(self.late)
+        tally.p50, tally.p99, _ = quantiles(self._latencies)
+        tally.first_p50, tally.first_p99, _ = quantiles(self._firsts)
+        tally.late_p50, tally.late_p99, tally.late_max = quantiles(self.late)
         for client in self._clients:
             client.close()
         return self.tally
+
+    def _pace(self, clock: Clock, began: float, n: int) -> None:
+        """The n-th request is due; the next one will be."""
+        if n + 1 < self.load.requests:
+            clock.at(began + (n + 1) / self.load.rate, self._pace, clock, began, n + 1)
+        self._is_due(began + n / self.load.rate)
 
     async def _connect(self) -> Client:
         _, client = await self._loop.create_connection(lambda: Client(self), "127.0.0.1", self.load.port)
@@ -302,11 +219,11 @@ class Crowd:
         n, self._sent = self._sent, self._sent + 1
         client.ask(request(self.load, n), due)
 
-    def answered(self, client: Client, due: float, reason: str | None) -> None:
-        now = time.perf_counter()
+    def answered(self, client: Client, due: float, first: float, reason: str | None) -> None:
         if reason is None:
             self.tally.answered += 1
-            self._latencies.append(now - due)
+            self._latencies.append(time.monotonic() - due)
+            self._firsts.append(first - due)
         else:
             self.tally.fail(reason)
         if self.tally.answered + self.tally.errors >= self.load.requests:
@@ -326,24 +243,39 @@ class Crowd:
 
     def _next(self, client: Client) -> None:
         if self._due:
-            self._send(client, self._due.pop(0))
+            self._send(client, self._due.popleft())
         elif not self.load.rate and self._sent < self.load.requests:
-            self._send(client, time.perf_counter())
+            self._send(client, time.monotonic())
         else:
             self._free.append(client)
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """Median, 99th percentile, largest."""
+    if not values:
+        return math.nan, math.nan, math.nan
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2], ordered[int(0.99 * len(ordered))], ordered[-1]
+
+
+def behaviour(load: Load) -> str:
+    """What the upstream is asked to do; see `_upstream`."""
+    if load.delay_ms:
+        return f"delayed{load.delay_ms}"
+    return {"stream_spaced": "spaced", "stream_paced": f"paced{load.chunks}"}.get(load.shape, "user")
 
 
 def request(load: Load, n: int) -> bytes:
     """A chat of about 0.4 KB; each is a conversation of its own."""
     body: dict[str, Any] = {
-        "model": load.model,
+        "model": load.model if load.routes == 1 else f"{load.model}-{n % load.routes}",
         "messages": [
             {"role": "system", "content": "You are a helpful assistant. " + WORDS},
             {"role": "user", "content": f"Question {load.salt}-{n}: {WORDS}What does it count?"},
         ],
         "max_tokens": 128,
         "temperature": 0.7,
-        "user": f"{'spaced' if load.shape == 'stream_spaced' else 'user'}-{n % 500}",
+        "user": f"{behaviour(load)}-{n % 500}",
     }
     if load.shape != "unary":
         body["stream"] = True
@@ -371,8 +303,4 @@ def answer_loads() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "load":
-        answer_loads()
-    else:
-        with contextlib.suppress(KeyboardInterrupt):
-            uvloop.run(serve_upstream(int(sys.argv[2])))
+    answer_loads()

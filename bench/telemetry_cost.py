@@ -36,15 +36,18 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gateway import providers
+from gateway.arms import Route
 from gateway.auth import KeyRing, Pseudonyms, TokenSigner, identify
 from gateway.metrics import Metrics
 from gateway.openai import parse_request
-from gateway.proxy import Proxy, Route, Visit
+from gateway.proxy import Proxy
 from gateway.sessions import Sessions
-from router.arms import Choice
+from gateway.visit import Errand, Visit
+from router.arms import Choice, Snapshot
 from router.controller import Controller
 from router.plan import RoutePlan
 from router.policy import Arm, Reward, Thompson
+from router.recall import JournalAssignments
 from router.store_sqlite import SqliteStore
 from telemetry.events import Interaction, new_id
 from telemetry.journal import Journal
@@ -54,7 +57,7 @@ from telemetry.writer import JournalWriter
 ARMS = {"a": Arm(model="base"), "b": Arm(model="good")}
 WORDS = ("the contract says that a tenant may keep one small dog if nobody", "in the house is afraid of it at night")
 REACTIONS = ("No, that is wrong. Try again!", "Thanks, that helps.", "What about cats?")
-BARS = {"fact": 40.0, "span": 40.0, "verify": 20.0, "detected": 1000.0}
+BARS = {"fact": 40.0, "span": 20.0, "verify": 20.0, "detected": 1000.0}
 
 
 def texts(seed: int, n: int) -> str:
@@ -106,7 +109,9 @@ def facts(
     metrics = Metrics()
     hide = Pseudonyms(b"k" * 32)
     route = Route("assistant", ARMS, [], None)  # type: ignore[arg-type]
-    sessions = Sessions(SqliteStore(folder / "state.db"), {})
+    state = folder / "state.db"
+    snapshot = Snapshot("assistant", 1, 0.0, "thompson", 0.0, {"": {"a": 0.5, "b": 0.5}})
+    sessions = Sessions(SqliteStore(state), JournalAssignments(state), {"assistant": snapshot})
 
     def note(fact: Interaction) -> None:
         writer.put(fact)
@@ -118,6 +123,7 @@ def facts(
         Captures(Capture("full")), metrics, note, providers.ask, 1 << 20,
     )  # fmt: skip
     caller = KeyRing(False).caller(b"")
+    choice = Choice("a", 0.5, 1, "", False, "thompson")
     work = []
     for number, (c, messages, answer) in enumerate(conversations(n, words)):
         stream = number % 100 < 100 * streams
@@ -128,15 +134,14 @@ def facts(
         visit.request_id, visit.status, visit.stream = new_id(), 200, stream
         visit.begin_trace()
         visit.keep(copy_of(answer, visit.stream, visit.request_id))
-        work.append((visit, who, ask, fields["messages"]))
+        work.append((visit, Errand(route, proxy.lineups.of("assistant"), choice, ask, fields, who)))
     took = np.zeros(len(work))
-    choice = Choice("a", 0.5, 1, "", False, "thompson")
     began, started = time.process_time(), time.perf_counter()
-    for i, (visit, who, ask, messages) in enumerate(work):
+    for i, (visit, errand) in enumerate(work):
         if pace:
             time.sleep(max(0.0, started + i * pace - time.perf_counter()))
         at = time.perf_counter()
-        proxy._record(visit, route, ARMS["a"], choice, False, who, ask, messages)
+        proxy.recorder.record(visit, errand)
         took[i] = time.perf_counter() - at
     writer.close(120)
     used = time.process_time() - began

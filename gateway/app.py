@@ -20,6 +20,7 @@ from starlette.routing import Match
 from starlette.routing import Route as HttpRoute
 
 from gateway import otlp, providers
+from gateway.arms import Route
 from gateway.asgi import Receive, Scope, Send, respond, send_error, send_json
 from gateway.auth import TOKEN_KEYS, KeyRing, Pseudonyms, TokenSigner
 from gateway.feedback import Desk
@@ -28,14 +29,14 @@ from gateway.listening import PATH as FEEDBACK
 from gateway.listening import Ears, Listening, preflight
 from gateway.metrics import Metrics
 from gateway.openai import ENDPOINTS, ApiError, error_body
-from gateway.proxy import Proxy, Route
+from gateway.proxy import Proxy
 from gateway.sessions import Sessions
 from gateway.static import Pages
 from gateway.upstream import Timeouts, UpstreamError
 from router.arms import Snapshot
 from router.policy import Reward
 from router.segments import Segmenter
-from router.store import ApiKey, Store
+from router.store import ApiKey, Assignments, Store
 from telemetry.errors import StateError
 from telemetry.events import Interaction, Shadow, Signal
 from telemetry.journal import Journal
@@ -70,6 +71,7 @@ class Parts:
     refresh: Mapping[str, float]
     """Route → seconds between looks for newer weights."""
     store: Store
+    assignments: Assignments
     journal: Path
     captures: Captures
     rewards: Mapping[str, Reward]
@@ -85,7 +87,7 @@ def build(parts: Parts) -> Starlette:
     """The gateway. Touches the store and the journal's file only once it is started (its lifespan)."""
     metrics = Metrics()
     keys = KeyRing(parts.require_key)
-    sessions = Sessions(parts.store, parts.snapshots)
+    sessions = Sessions(parts.store, parts.assignments, parts.snapshots)
     gateway = _Gateway(parts, metrics, keys, sessions)
     pages = Pages() if parts.try_page else None
     hot = {f"/v1/{name}": gateway.generate(name) for name in ENDPOINTS}
@@ -239,6 +241,7 @@ class _Gateway:
         finally:
             for task in behind:
                 task.cancel()
+            await self._proxy.recorder.close()
             self._metrics.flush()
             await self._proxy.shadows.close()
             await asyncio.to_thread(self._sessions.close)
@@ -352,11 +355,13 @@ class _Gateway:
 
     async def ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         """200 if every route has a replica that answers and facts can be written."""
-        problems = []
-        for route in self._parts.routes.values():
-            answers = await asyncio.gather(*(_answers(replica) for replica in route.replicas))
-            if route.replicas and not any(answers):
-                problems.append(f"route {route.name}: no upstream answers")
+        replicas = {id(replica): replica for route in self._parts.routes.values() for replica in route.replicas}
+        answers = dict(zip(replicas, await asyncio.gather(*map(_answers, replicas.values())), strict=True))
+        problems = [
+            f"route {route.name}: no upstream answers"
+            for route in self._parts.routes.values()
+            if route.replicas and not any(answers[id(replica)] for replica in route.replicas)
+        ]
         if self._journal.failing is not None:
             problems.append(f"journal: {self._journal.failing}")
         status = "ready" if not problems else "not ready"
@@ -364,6 +369,7 @@ class _Gateway:
 
     async def metrics_page(self, scope: Scope, receive: Receive, send: Send) -> None:
         m = self._metrics
+        self._proxy.recorder.settle()
         m.flush()
         m.journal_waiting.set(len(self._journal))
         m.journal_dropped.set(self._journal.dropped)

@@ -180,7 +180,8 @@ class Client:
         self._start(status, headers, b"transfer-encoding: chunked\r\n")
 
     def write(self, data: bytes) -> None:
-        self._out(b"%b%x\r\n%b\r\n" % (self._head, len(data), data))
+        if not self._transport.is_closing():
+            self._transport.write(b"%b%x\r\n%b\r\n" % (self._head, len(data), data))
         self._head = b""
 
     def end(self, data: bytes = b"") -> None:

@@ -7,7 +7,6 @@ Specification: https://platform.openai.com/docs/api-reference
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -111,6 +110,11 @@ def parse_request(body: bytes) -> tuple[Ask, Fields]:
     return ask, fields
 
 
+def prompt_in(fields: Fields) -> msgspec.Raw | None:
+    """What is asked, in whichever field the endpoint has it: messages, an input or a prompt."""
+    return fields.get("messages") or fields.get("input") or fields.get("prompt")
+
+
 def with_system_prompt(fields: Fields, endpoint: str, prompt: str) -> None:
     """Put `prompt` where the app's leading system (or developer) message stands, or in front; in place."""
     raw = msgspec.json.encode(prompt)
@@ -187,6 +191,7 @@ class Answer(msgspec.Struct):
 
 
 _body = msgspec.json.Decoder(_Body)
+_strings = msgspec.json.Decoder(list[str])
 _LAST = frozenset(["response.completed", "response.incomplete", "response.failed"])
 
 
@@ -202,8 +207,30 @@ def read_answer(body: bytes) -> Answer:
 
 def read_stream(body: bytes) -> Answer:
     """The answer that an SSE stream spelled. Never raises."""
-    answer, parts = Answer(), list[str]()
-    for data in sse_data(body):
+    if b"\r" in body:
+        body = body.replace(b"\r\n", b"\n")
+    events = body.split(b"\n\n")
+    try:
+        return _spelled(events, alike=True)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _spelled(events, alike=False)
+
+
+def _spelled(events: list[bytes], alike: bool) -> Answer:
+    """The answer, event by event.
+
+    `alike`: nearly all events differ in one word only, so what stands around the word of the last one that was read is
+    but compared, and such words are read all at once. Raises msgspec's errors where that does not do.
+    """
+    answer, parts, words = Answer(), list[str](), list[bytes]()
+    before, after = b"", b"\n\n"  # which no event ends with
+    for event in events:
+        if event.endswith(after) and event.startswith(before):
+            words.append(event[len(before) : -len(after)])
+            continue
+        data = sse_data(event)
+        if data is None:
+            continue
         if data == b"[DONE]":
             answer.ended = True
             continue
@@ -212,13 +239,44 @@ def read_stream(body: bytes) -> Answer:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             answer.unreadable = True
             continue
+        parts += _strings_of(words)
+        words.clear()
         word = _only_a_word(chunk)
         if word is None or answer.id is None:
             _take(answer, chunk, parts)
-        else:
-            parts.append(word)
-    answer.text = "".join(parts)
+            continue
+        parts.append(word)
+        if alike:
+            before, after = _around(event, word) or (before, after)
+    answer.text = "".join(parts + _strings_of(words))
     return answer
+
+
+def _strings_of(written: list[bytes]) -> list[str]:
+    """JSON strings read; each must be one, and nothing else."""
+    strings = _strings.decode(b"[%b]" % b",".join(written)) if written else []
+    if len(strings) != len(written):
+        raise msgspec.ValidationError("more than strings")
+    return strings
+
+
+def _around(event: bytes, word: str) -> tuple[bytes, bytes] | None:
+    """What stands before and after the word of an event that says nothing else, if it is written as we would."""
+    before, _, after = event.partition(msgspec.json.encode(word))
+    try:
+        data = sse_data(before + b'"\\u0000"' + after) or b""
+        same = _only_a_word(_body.decode(data)) == "\0"  # the same letters may stand elsewhere in it
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return (before, after) if same else None
+
+
+def sse_data(event: bytes) -> bytes | None:
+    """The data of an event (https://html.spec.whatwg.org/multipage/server-sent-events.html, §9.2.6), if it has any."""
+    if event[:6] == b"data: " and b"\n" not in event:  # as servers write it
+        return event[6:]
+    lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(lines) if lines else None
 
 
 def _only_a_word(chunk: _Body) -> str | None:
@@ -230,17 +288,6 @@ def _only_a_word(chunk: _Body) -> str | None:
         return None
     word = choice.delta.get("content")
     return word if isinstance(word, str) else None
-
-
-def sse_data(body: bytes) -> Iterator[bytes]:
-    """The data of each event (https://html.spec.whatwg.org/multipage/server-sent-events.html, §9.2.6)."""
-    for event in body.replace(b"\r\n", b"\n").split(b"\n\n"):
-        if event[:6] == b"data: " and b"\n" not in event:  # as servers write it
-            yield event[6:]
-            continue
-        lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
-        if lines:
-            yield b"\n".join(lines)
 
 
 def _take(answer: Answer, body: _Body, parts: list[str] | None = None) -> None:
@@ -317,6 +364,8 @@ class UsageFilter:
         self._blank = b"\n\n"  # what ends an event: vLLM's way, until the stream shows the other
 
     def feed(self, data: bytes) -> bytes:
+        if not self._tail and b'"usage"' not in data and data.endswith(self._blank):
+            return data
         data = self._tail + data
         if b"\r\n\r\n" in data:
             self._blank = b"\r\n\r\n"

@@ -10,14 +10,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
-from msgspec.structs import replace
 
 from gateway.arms import Lineup, Lineups, Route, dress
-from gateway.asgi import Client, ClientLeft, Receive, Scope, Send, client_of, count, read_body, send_error
+from gateway.asgi import Client, ClientLeft, Receive, Scope, Send, client_of, read_body, send_error
 from gateway.auth import Caller, Identity, KeyRing, Pseudonyms, TokenSigner, identify
 from gateway.metrics import Metrics
 from gateway.openai import (
@@ -27,31 +25,24 @@ from gateway.openai import (
     UsageFilter,
     error_body,
     parse_request,
-    read_answer,
-    read_stream,
+    prompt_in,
 )
+from gateway.recorder import Recorder
 from gateway.replicas import Reading, Replicas, Unserved
 from gateway.sessions import Sessions
 from gateway.shadow import Shadows
-from gateway.upstream import Replica, Timeouts, UpstreamError
+from gateway.upstream import Timeouts, UpstreamError
+from gateway.visit import Errand, Visit
 from router.arms import Choice
-from router.bandit import unit_hash
 from router.features import key_of
 from router.policy import Arm
 from router.segments import Segmenter, assign, prompt_of
-from telemetry.events import Answerer, Interaction, Shadow, new_id, random_hex
+from telemetry.events import Interaction, Shadow, new_id
 from telemetry.privacy import Captures
-from telemetry.threads import thread_of
-
-__all__ = ["AskProvider", "Proxy", "Route", "Visit", "dress"]
 
 log = logging.getLogger("understudy.gateway")
 
 JSON = (b"content-type", b"application/json")
-COPY_LIMIT = 4 * 1024 * 1024
-"""Bytes of an answer that are kept to be read; a longer one is relayed whole and read in part."""
-SHALLOW = 256
-"""Brackets of a body that cannot be nested too deep for the journal's readers, whichever way they stand."""
 
 _NOT_RELAYED = frozenset(
     b"connection keep-alive transfer-encoding upgrade te trailer proxy-authenticate content-length date server"
@@ -65,71 +56,6 @@ class AskProvider(Protocol):
     async def __call__(
         self, endpoint: str, arm: Arm, fields: Fields, request_id: str, timeouts: Timeouts
     ) -> Reading: ...
-
-
-@dataclass(slots=True)
-class Errand:
-    """What a request asks for, and of which arm."""
-
-    route: Route
-    lineup: Lineup
-    choice: Choice
-    ask: Ask
-    fields: Fields
-    """As the app sent them."""
-    who: Identity
-
-
-@dataclass(slots=True)
-class Visit:
-    """One request while it is here: what is known so far, for the fact that it leaves."""
-
-    endpoint: str
-    headers: Mapping[bytes, bytes]
-    at: float = field(default_factory=time.time)
-    started: float = field(default_factory=time.perf_counter)
-    request_id: str = ""
-    trace_id: str = ""
-    span_id: str = ""
-    parent_span_id: str | None = None
-    left: bool = False
-    """The client closed the connection before its answer was complete."""
-    status: int = 0
-    error: str | None = None
-    first_byte: float | None = None
-    attempts: int = 0
-    upstream: str | None = None
-    arm: str = ""
-    """Who was asked last."""
-    strip_usage: bool = False
-    characters: int = 0
-    """Of the answer's text."""
-    stream: bool = False
-    copy: list[bytes] = field(default_factory=list)
-    copied: int = 0
-
-    def begin_trace(self) -> None:
-        """Join the caller's trace (W3C Trace Context), or begin one."""
-        parent = self.headers.get(b"traceparent", b"").decode("latin-1").split("-")
-        if len(parent) >= 4 and parent[0] != "ff" and _is_id(parent[1], 32) and _is_id(parent[2], 16):
-            self.trace_id, self.parent_span_id = parent[1], parent[2]
-        else:
-            self.trace_id = new_id()  # ids that begin with the time keep the journal's index in one place
-        self.span_id = random_hex()[:16]
-
-    def head(self, replica: Replica) -> bytes:
-        """Begin an attempt at a replica, under a request id of its own; the header lines that it gets."""
-        self.request_id = new_id()
-        self.upstream = replica.url
-        self.attempts += 1
-        return b"content-type: application/json\r\naccept: */*\r\nx-request-id: %b\r\ntraceparent: 00-%b-%b-01\r\n" % (
-            self.request_id.encode(), self.trace_id.encode(), self.span_id.encode(),
-        )  # fmt: skip
-
-    def keep(self, data: bytes) -> None:
-        if self.copied < COPY_LIMIT:
-            self.copy.append(data)
-            self.copied += len(data)
 
 
 class Proxy:
@@ -152,13 +78,12 @@ class Proxy:
         self.lineups = Lineups(routes, sessions.snapshots)
         self.replicas = Replicas(routes, self.lineups, metrics.retries)
         self.shadows = Shadows(self.lineups, self.replicas, captures, metrics.shadow_dropped, journal)
+        self.recorder = Recorder(captures, pseudonyms, metrics, journal, self.shadows)
         self._keys = keys
         self._sessions = sessions
         self._tokens = tokens
         self._pseudonyms = pseudonyms
-        self._captures = captures
         self._metrics = metrics
-        self._journal = journal
         self._ask_provider = ask_provider
         self._max_body = max_body
 
@@ -178,7 +103,7 @@ class Proxy:
             return
         lineup = self.lineups.of(route.name)
         choice, recalled = await self._choose(route, lineup, pinned, who, ask, fields)
-        errand = Errand(route, lineup, choice, ask, fields, who)
+        errand = Errand(route, lineup, choice, ask, fields, who, recalled)
         visit.begin_trace()
         self._metrics.begun[route.name] += 1
         self.shadows.busy += 1
@@ -187,8 +112,7 @@ class Proxy:
         finally:
             self._metrics.begun[route.name] -= 1
             self.shadows.busy -= 1
-            fact = self._leave_fact(visit, errand, recalled)
-            self.shadows.consider(route, ask, fields, fact, visit.characters)
+            self.recorder.ended(visit, errand)
 
     def _find(self, model: str, caller: Caller) -> tuple[Route, Choice | None]:
         """The route that `model` names; an admin may name one arm of it as "route:arm"."""
@@ -275,8 +199,8 @@ class Proxy:
                 visit.upstream = arm.provider
                 visit.attempts += 1
                 return await self._ask_provider(visit.endpoint, arm, fields, visit.request_id, route.timeouts)
-            u, body = unit_hash(who.tenant, who.session), msgspec.json.encode(fields)
-            reply = await self.replicas.ask(route, arm.model, u, f"/v1/{visit.endpoint}", visit.head, body)
+            session, body = (who.tenant, who.session), msgspec.json.encode(fields)
+            reply = await self.replicas.ask(route, arm.model, session, f"/v1/{visit.endpoint}", visit.head, body)
             if reply is not None:
                 return reply
         visit.arm, visit.request_id = choice.arm, visit.request_id or new_id()
@@ -342,104 +266,6 @@ class Proxy:
             (b"server-timing", timing.encode()),
         ]
 
-    def _leave_fact(self, visit: Visit, errand: Errand, recalled: bool) -> Interaction:
-        """Leave the fact of a request, by the arm that truly answered."""
-        route, lineup, choice = errand.route, errand.lineup, errand.choice
-        if visit.arm not in ("", choice.arm):
-            self._metrics.fallbacks.labels(route.name, choice.arm).inc()
-            snapshot, segment = choice.snapshot, choice.segment
-            choice, recalled = Choice(visit.arm, 1.0, snapshot, segment, policy="fallback"), False
-        elif choice.rollout and all(lineup.snapshot.challenger in replica.missing for replica in route.replicas):
-            # The challenger's sessions do not count while no replica serves it, so the control's must not either.
-            choice = replace(choice, rollout="", rival=0.0)
-        arm = lineup.arms.get(choice.arm) or Arm(model=choice.arm)
-        fields = errand.fields
-        messages = fields.get("messages") or fields.get("input") or fields.get("prompt")
-        return self._record(visit, route, arm, choice, recalled, errand.who, errand.ask, messages)
-
-    def _record(
-        self,
-        visit: Visit,
-        route: Route,
-        arm: Arm,
-        choice: Choice,
-        recalled: bool,
-        who: Identity,
-        ask: Ask,
-        messages: msgspec.Raw | None,
-    ) -> Interaction:
-        """Leave the request's fact. After the last byte, whatever happened before."""
-        copy = b"".join(visit.copy)
-        answer = read_stream(copy) if visit.stream else read_answer(copy)
-        visit.characters = len(answer.text)
-        error = None if visit.error == "client_left" and answer.ended else visit.error  # SDKs hang up at [DONE]
-        if error is None and (answer.failed or (answer.unreadable and visit.copied < COPY_LIMIT)):
-            error = "upstream_error" if answer.failed else "upstream_garbage"
-        messages, asked = _readable(messages)
-        said = who.metadata
-        capture = self._captures.of(route.name, who.tenant, said.consent)
-        kept, redacted = capture.keep(messages, answer.text, answer.tool_calls)
-        fact = Interaction(
-            event_id=new_id(),
-            at=visit.at,
-            request_id=visit.request_id,
-            route=route.name,
-            tenant=who.tenant,
-            session=who.session,
-            answerer=Answerer(
-                arm=choice.arm,
-                model=arm.model,
-                prompt_version=arm.prompt_version or said.prompt_version,
-                policy=choice.policy,
-                snapshot=choice.snapshot,
-                segment=choice.segment,
-                propensity=choice.propensity,
-                holdout=choice.holdout,
-                recalled=recalled,
-                rollout=choice.rollout,
-                rival=choice.rival,
-            ),
-            endpoint=visit.endpoint,
-            response_id=answer.id,
-            trace_id=visit.trace_id,
-            span_id=visit.span_id,
-            parent_span_id=visit.parent_span_id,
-            user=who.user,
-            task_type=who.task_type,
-            task_id=said.task_id,
-            input_hash=self._pseudonyms.of(who.tenant, bytes(messages)) if messages else None,
-            thread=thread_of(
-                who.tenant, asked, answer.text, answer.tool_calls, self._pseudonyms.key, tuple(answer.others.values())
-            ),
-            choices=1 + len(answer.others),
-            previous=ask.previous_response_id,
-            turn=ask.assistant_turns,
-            knowledge_version=said.knowledge_version,
-            retrieval_ids=_ids(said.retrieval_ids),
-            country=said.country,
-            consent=said.consent,
-            stream=visit.stream,
-            status=visit.status,
-            error=error,
-            finish_reason=answer.finish_reason if error is None else "error",
-            tokens_in=answer.tokens_in,
-            tokens_out=answer.tokens_out,
-            tokens_cached=answer.tokens_cached,
-            first_byte=visit.first_byte,
-            duration=time.perf_counter() - visit.started,
-            escalated=b"x-understudy-escalation" in visit.headers,
-            sdk_retry=count(visit.headers.get(b"x-stainless-retry-count")),
-            upstream=visit.upstream,
-            attempts=visit.attempts,
-            redacted=redacted,
-            messages=kept.messages,
-            answer=kept.answer,
-            tool_calls=kept.tool_calls,
-        )
-        self._journal(fact)
-        self._metrics.answered(fact)
-        return fact
-
 
 def segment_of(route: Route, who: Identity, fields: Fields, segmenter: Segmenter | None) -> str:
     """Where a session that begins with this request is counted."""
@@ -451,31 +277,7 @@ def segment_of(route: Route, who: Identity, fields: Fields, segmenter: Segmenter
         case "features":
             return key_of(route.features, fields)
         case "prompt" if segmenter is not None:
-            said = fields.get("messages") or fields.get("input") or fields.get("prompt")
+            said = prompt_in(fields)
             return assign(segmenter, prompt_of(said)) if said is not None else ""
         case _:
             return ""
-
-
-def _readable(raw: msgspec.Raw | None) -> tuple[msgspec.Raw | None, Any]:
-    """`raw` and what it says, or None if the journal's readers could not read it (1e999, or nested too deep)."""
-    if raw is None:
-        return None, None
-    try:
-        if bytes(raw).count(b"[") + bytes(raw).count(b"{") > SHALLOW:
-            msgspec.json.decode(b"[" * 64 + bytes(raw) + b"]" * 64)  # they may stand deeper than we do
-        return raw, msgspec.json.decode(raw)
-    except (msgspec.MsgspecError, RecursionError):
-        return None, None
-
-
-def _is_id(text: str, length: int) -> bool:
-    """An id as W3C Trace Context writes it: lower-case hex, not all zeros."""
-    return len(text) == length and set(text) <= set("0123456789abcdef") and text.strip("0") != ""
-
-
-def _ids(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """OpenAI's metadata holds strings only, so lists come separated by commas."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value or ()

@@ -19,6 +19,7 @@ from prometheus_client import Counter
 
 from gateway.arms import Lineup, Lineups, Route
 from gateway.upstream import ConnectTimedOut, Reader, Refused, Replica, Reply, Timeouts, UpstreamError, in_order
+from router.bandit import unit_hash
 
 log = logging.getLogger("understudy.gateway")
 
@@ -60,15 +61,21 @@ class Replicas:
         self._wake = asyncio.Event()
 
     async def ask(
-        self, route: Route, model: str, u: float, path: str, head: Callable[[Replica], bytes], body: bytes
+        self,
+        route: Route,
+        model: str,
+        session: tuple[str, ...],
+        path: str,
+        head: Callable[[Replica], bytes],
+        body: bytes,
     ) -> Reading | None:
         """The answer of a replica that serves `model`; None if there is none. Raises `UpstreamError`.
 
-        The session's own is asked (`u` is its hash); if it gives no answer at all, one other, and if it does not know
+        The session's own is asked; if it gives no answer at all, one other, and if it does not know
         the model, any other that may. `head` begins an attempt: the header lines, with a request id of its own.
         """
         able = [replica for replica in route.replicas if model not in replica.missing]
-        able = in_order(able, u) if able else able
+        able = in_order(able, unit_hash(*session)) if len(able) > 1 else able
         silent = 0
         for place, replica in enumerate(able):
             last = silent == 1 or place + 1 == len(able)
@@ -101,8 +108,7 @@ class Replicas:
         """For ever: see what replicas serve."""
         while True:
             self._wake.clear()
-            watched = [(replica, self._lineups.of(name)) for name in self._routes for replica in self._watched(name)]
-            for failure in await asyncio.gather(*(_look(*one) for one in watched), return_exceptions=True):
+            for failure in await asyncio.gather(*(_look(*one) for one in self._watched()), return_exceptions=True):
                 if failure is not None:
                     log.error("a look at what a replica serves failed", exc_info=failure)
             await asyncio.sleep(SOON)
@@ -110,14 +116,20 @@ class Replicas:
                 async with asyncio.timeout(LOOK - SOON):
                     await self._wake.wait()
 
-    def _watched(self, route: str) -> list[Replica]:
-        """The route's replicas, where it matters what they serve."""
-        replicas = self._routes[route].replicas
-        matters = self._lineups.of(route).versions or any(replica.missing for replica in replicas)
-        return replicas if matters else []
+    def _watched(self) -> list[tuple[Replica, list[Lineup]]]:
+        """The replicas of which it matters what they serve, each with the lineups of all its routes."""
+        matter: set[int] = set()
+        found: dict[int, tuple[Replica, list[Lineup]]] = {}
+        for name, route in self._routes.items():
+            lineup = self._lineups.of(name)
+            if lineup.versions or any(replica.missing for replica in route.replicas):
+                matter.update(map(id, route.replicas))
+            for replica in route.replicas:
+                found.setdefault(id(replica), (replica, []))[1].append(lineup)
+        return [found[which] for which in matter]
 
 
-async def _look(replica: Replica, lineup: Lineup) -> None:
+async def _look(replica: Replica, lineups: list[Lineup]) -> None:
     """Note which models the replica misses: of versions what it does not list, of others what it said itself."""
     try:
         reply = await replica.get("/v1/models", _PATIENCE)
@@ -128,8 +140,8 @@ async def _look(replica: Replica, lineup: Lineup) -> None:
     if listed is None:  # it has no such list: let it be asked again
         replica.missing.clear()
         return
-    wanted = {arm.model for arm in lineup.arms.values() if arm.provider is None}
-    missing = ((replica.missing & wanted) | lineup.versions) - listed
+    wanted = {arm.model for lineup in lineups for arm in lineup.arms.values() if arm.provider is None}
+    missing = (replica.missing & wanted).union(*(lineup.versions for lineup in lineups)) - listed
     replica.missing.clear()
     replica.missing.update(missing)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,27 +18,30 @@ from router.arms import Choice, Snapshot
 from router.bandit import draw, unit_hash
 from router.refit import segmenter_of
 from router.segments import Segmenter
-from router.store import Assignment, Store, session_key
+from router.store import REMEMBER_SECONDS, Assignment, Assignments, Store, session_key
 from telemetry.errors import StateError
 
 log = logging.getLogger("understudy.gateway")
 
 RECALL_TIMEOUT = 0.05
-REMEMBER_SECONDS = 86400.0
 CACHE = 100_000
+
+_Key = tuple[str, str, str]
+"""Route, tenant, session."""
 
 
 class Sessions:
     """The arms of sessions, for one worker."""
 
-    def __init__(self, store: Store, snapshots: Mapping[str, Snapshot]) -> None:
+    def __init__(self, store: Store, assignments: Assignments, snapshots: Mapping[str, Snapshot]) -> None:
         self.snapshots = dict(snapshots)
         self.segmenters: dict[str, Segmenter] = {}
         """By route whose segments are learned from prompts."""
         self.store_seen = time.monotonic()
         self.recalls_failed = 0
         self._store = store
-        self._cache: dict[tuple[str, str], Choice] = {}
+        self._assignments = assignments
+        self._cache: OrderedDict[_Key, Choice] = OrderedDict()
         self._new: list[Assignment] = []
         self._threads = ThreadPoolExecutor(4, "store")
 
@@ -57,27 +61,28 @@ class Sessions:
         `segment` is asked for the segment of a session that draws, from `snapshot`: one that is new, or whose arm is
         none of those `held`, which sessions may keep.
         """
-        key = (route, session_key(tenant, session))
+        key = route, tenant, session
         choice = self._cache.get(key)
         if choice is None and begun:
             choice = await self._recall(*key)
         if choice is not None and choice.arm in held:
             self._keep(key, choice)
             return choice, True
-        choice = draw(snapshot, unit_hash(*key), segment())
+        choice = draw(snapshot, unit_hash(route, session_key(tenant, session)), segment())
         self._keep(key, choice)
         self._new.append((*key, choice))
         return choice, False
 
-    def _keep(self, key: tuple[str, str], choice: Choice) -> None:
+    def _keep(self, key: _Key, choice: Choice) -> None:
         if key not in self._cache and len(self._cache) >= CACHE:
-            del self._cache[next(iter(self._cache))]
+            self._cache.popitem(last=False)
         self._cache[key] = choice
 
-    async def _recall(self, route: str, session: str) -> Choice | None:
+    async def _recall(self, route: str, tenant: str, session: str) -> Choice | None:
         loop = asyncio.get_running_loop()
+        asked = (route, tenant, session, time.time())
         try:
-            recalling = loop.run_in_executor(self._threads, self._store.recall, route, session, time.time())
+            recalling = loop.run_in_executor(self._threads, self._assignments.recall, *asked)
             return await asyncio.wait_for(recalling, RECALL_TIMEOUT)
         except (StateError, TimeoutError):
             self.recalls_failed += 1
@@ -89,7 +94,7 @@ class Sessions:
         failed: StateError | None = None
         try:
             if new:
-                self._store.assign(new, REMEMBER_SECONDS, time.time())
+                self._assignments.assign(new, REMEMBER_SECONDS, time.time())
         except StateError as error:
             self._new = (new + self._new)[-CACHE:]
             failed = error  # what was decided must be known here though nothing can be written
@@ -109,7 +114,7 @@ class Sessions:
         """Push what is left."""
         if self._new:
             try:
-                self._store.assign(self._new, REMEMBER_SECONDS, time.time())
+                self._assignments.assign(self._new, REMEMBER_SECONDS, time.time())
             except StateError as error:
                 log.warning("%d session assignments were not stored: %s", len(self._new), error)
         self._threads.shutdown(wait=False)

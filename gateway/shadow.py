@@ -156,8 +156,8 @@ class Shadows:
         answer, error, first_byte = Answer(), None, None
         try:
             async with asyncio.timeout(LONGEST + 2.0 * copy.shown.shown_duration):
-                u = unit_hash(copy.shown.of)
-                reply = await self._replicas.ask(copy.route, copy.shown.model, u, copy.path, _head, copy.body)
+                session, body = (copy.shown.of,), copy.body  # any replica is as good
+                reply = await self._replicas.ask(copy.route, copy.shown.model, session, copy.path, _head, body)
                 if reply is None:  # it is loaded nowhere now, which says nothing about its answers
                     self._dropped.labels(copy.route.name).inc()
                     return

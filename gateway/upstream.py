@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -89,7 +88,10 @@ class _Connection(asyncio.Protocol):
         self.idle_since = 0.0
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
-        self._drained: asyncio.Future[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        """Wakes who waits; it outlives an exchange, for one that is late costs less than one for each."""
+        self.draining: asyncio.Future[None] | None = None
+        """Until the system takes more of what was sent; None while it does."""
         self.put: Callable[[bytes], None] | None = None
         """Where pieces of the body go as they come; None while they are kept to be taken."""
         self.begin()
@@ -98,7 +100,7 @@ class _Connection(asyncio.Protocol):
         """Ready for another exchange."""
         self._parser = httptools.HttpResponseParser(self)
         self.headers: list[tuple[bytes, bytes]] = []
-        self.body: deque[bytes] = deque()
+        self.body: list[bytes] = []
         self.buffered = 0
         self.seen = 0
         self.head_done = False
@@ -120,22 +122,26 @@ class _Connection(asyncio.Protocol):
             self.abort()
             return
         self.seen += len(data)
-        waits_for_first = not self.streams and not self.buffered
+        begun = self.buffered > 0
         self._touched = self._loop.time()
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.failure = Garbage(f"the upstream's answer is not HTTP: {error}")
             self.abort()
-        if not self.head_done and self.seen > HEAD_LIMIT:
+        if self.put is not None:
+            if self.body:
+                self._pass_on(self.put)
+        elif self.streams:
+            self._wake()
+            if self.buffered > HIGH_WATER:
+                self._pause(True)
+        elif self.buffered and not begun:  # from here on another patience holds
+            self._wake()
+        elif not self.head_done and self.seen > HEAD_LIMIT:
             self.failure = Garbage(f"the upstream's headers exceed {HEAD_LIMIT} bytes")
             self.abort()
-        if self.put is not None and self.body:
-            self._pass_on(self.put)
-        elif self.streams and self.buffered > HIGH_WATER:
-            self._pause(True)
-        begun = waits_for_first and self.buffered > 0  # from here on another patience holds
-        if self.complete or begun or (self.streams and self.put is None):
+        if self.complete or self.closed:
             self._wake()
 
     def eof_received(self) -> bool:
@@ -143,19 +149,20 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
+        self._set_alarm(None)
         if error is None and self.head_done and not self.complete and self._ends_at_close:
             self.complete = self.failure is None
         self._wake()
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+        if self.draining is not None and not self.draining.done():
+            self.draining.set_result(None)
 
     def pause_writing(self) -> None:
-        self._drained = self._loop.create_future()
+        self.draining = self._loop.create_future()
 
     def resume_writing(self) -> None:
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
-        self._drained = None
+        if self.draining is not None and not self.draining.done():
+            self.draining.set_result(None)
+        self.draining = None
 
     # httptools
 
@@ -198,14 +205,16 @@ class _Connection(asyncio.Protocol):
 
     # The exchange
 
-    async def send(self, data: bytes, timeout: float) -> bool:
-        """Hand `data` over to the system. False if it was not taken within `timeout` s."""
+    def send(self, data: bytes) -> None:
         assert self.transport is not None
         self.transport.write(data)
-        if self._drained is not None:
+
+    async def sent(self, timeout: float) -> bool:
+        """Until the system took what was sent. False if it did not within `timeout` s."""
+        if self.draining is not None:
             try:
                 async with asyncio.timeout(timeout):
-                    await self._drained
+                    await self.draining
             except TimeoutError:
                 return False
         return True
@@ -223,20 +232,31 @@ class _Connection(asyncio.Protocol):
                 due = self._loop.time() + idle  # it is not the upstream that is slow
             elif self._loop.time() >= due:
                 return False
+            self._set_alarm(due)
             self._waiter = self._loop.create_future()
-            timer = self._loop.call_at(due, self._wake)
             try:
                 await self._waiter
             finally:
-                timer.cancel()
                 self._waiter = None
         return True
+
+    def _set_alarm(self, due: float | None) -> None:
+        """Wake who waits no later than that (loop time); None for never."""
+        if self._alarm is not None:
+            if due is not None and self._alarm.when() <= due:
+                return  # it rings too early, and is set anew then
+            self._alarm.cancel()
+        self._alarm = None if due is None else self._loop.call_at(due, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._wake()
 
     def take(self) -> bytes:
         data = self.body[0] if len(self.body) == 1 else b"".join(self.body)
         self.body.clear()
         self.buffered = 0
-        if not self._held:
+        if self._paused and not self._held:
             self._pause(False)
         return data
 
@@ -262,6 +282,7 @@ class _Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         self.closed = True
+        self._set_alarm(None)
         if self.transport is not None:
             self.transport.abort()
         self._wake()
@@ -327,6 +348,10 @@ class Reply:
             self._replica.give_back(self._connection)
 
     async def read_all(self) -> bytes:
+        if self._connection.complete:
+            body = self._connection.take()
+            self._end()
+            return body
         parts = []
         while data := await self.read():
             parts.append(data)
@@ -390,7 +415,8 @@ class Replica:
                 connection = self._pooled() or await self._connect(timeouts.connect)
                 fresh = connection.used == 0
                 connection.used += 1
-                sent = await connection.send(data, timeouts.first_byte)
+                connection.send(data)
+                sent = connection.draining is None or await connection.sent(timeouts.first_byte)
                 if not sent or not await connection.wait(timeouts.first_byte, timeouts.idle):
                     if connection.buffered:
                         raise _silent(timeouts.idle)
@@ -465,8 +491,6 @@ def in_order(replicas: list[Replica], u: float) -> list[Replica]:
 
     `u` in [0, 1) is the session's hash. A session leaves its replica while that one is much busier than the least.
     """
-    if len(replicas) == 1:
-        return replicas
     start = int(u * len(replicas))
     ring = replicas[start:] + replicas[:start]
     busy = 2 * min(r.in_flight for r in replicas) + 8

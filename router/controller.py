@@ -16,9 +16,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import msgspec
@@ -40,7 +40,7 @@ from telemetry.errors import Fenced, StateError
 from telemetry.events import Fact, Interaction, Signal
 from telemetry.journal import Journal, meant
 from telemetry.privacy import stripped
-from telemetry.signals import Rules, after_silence, alike, compared, heard_from
+from telemetry.signals import Rules, after_silence, alike, compared, heard_from, tells
 from telemetry.threads import Threads
 
 log = logging.getLogger("understudy.controller")
@@ -173,7 +173,7 @@ class Controller:
 
     def _take_in(self, read: int, now: float, token: int) -> tuple[list[tuple[int, Fact]], list[Ripened], int]:
         """The next facts after `read`, and the signals that ripened; how many signals they told of."""
-        facts = self._journal.read(read, BATCH)
+        facts, company = self._journal.news(read, BATCH)
         end = facts[-1][0] if facts else read
         ripened = [self._ripened(window, end, now) for window in {r.reward.window for r in self.routes.values()}]
         marks = {one.window: one.mark for one in ripened}
@@ -182,15 +182,55 @@ class Controller:
         )
         self._rollouts.facts(facts)
         heard = 0
-        new = {seq: fact for one in ripened for seq, fact in one.signals} | dict(facts)
+        follows = self._follow(facts)
+        stirring = self._stirring(facts, company | follows.keys())
+        new = {seq: fact for one in ripened for seq, fact in one.signals} | dict(stirring)
         if new:
-            sessions = self._journal.sessions(self._touched(new.values()), new)
-            heard = self._hear([fact for _, fact in facts], sessions, now)
+            sessions = self._journal.sessions(self._touched(new.values()), new, unread=True)
+            heard = self._hear(stirring, follows, sessions, now)
             if self._told is not None:
-                self._tell(facts)
-            self._silence(facts)
+                self._tell(stirring)
+            self._silence(stirring)
             self._settle(sessions, marks, token)
         return facts, ripened, heard
+
+    def _follow(self, facts: Sequence[tuple[int, Fact]]) -> dict[int, str]:
+        """Of new requests, by sequence number, the id of the one whose answer each continues, where that is known.
+
+        It may look like another session's: apps change how they begin.
+        """
+        assert self._threads is not None
+        found: dict[int, str] = {}
+        for seq, new in facts:
+            if isinstance(new, Interaction) and new.route in self.routes:
+                earlier = self._threads.find(new, lambda name, new=new: self._likeness(name, new))  # type: ignore[misc]
+                self._threads.add(new)
+                if earlier is not None:
+                    found[seq] = earlier
+        return found
+
+    def _likeness(self, request_id: str, new: Interaction) -> float:
+        earlier = self._journal.request(new.tenant, request_id)
+        return alike(earlier.answer, new) if earlier else 0.0
+
+    def _request(self, request_id: str, tenant: str, session: Sequence[Interaction]) -> Interaction | None:
+        """A request that is most often one of a session's last ones."""
+        known = next((i for i in reversed(session) if i.request_id == request_id), None)
+        return known or self._journal.request(tenant, request_id)
+
+    def _stirring(self, facts: Sequence[tuple[int, Fact]], related: Container[int]) -> list[tuple[int, Fact]]:
+        """`facts` without most of them: requests that are alone in their session, and that nobody has reacted to yet.
+
+        They change no reward and give no signal. What comes later finds them in the journal. `related`: sequence
+        numbers of requests that something else on record has to do with.
+        """
+        return [
+            (seq, fact)
+            for seq, fact in facts
+            if not isinstance(fact, Interaction)
+            or seq in related
+            or (fact.route in self.routes and tells(fact, self._rules[fact.route]))
+        ]
 
     def _decide(self, facts: Sequence[tuple[int, Fact]], now: float, token: int) -> None:
         """Rollouts take their steps, and weights are published."""
@@ -205,10 +245,12 @@ class Controller:
 
     def _remembered(self, read: int) -> Threads:
         """The threads that another controller knew."""
-        threads = Threads()
-        for _, fact in self._journal.read(max(0, read - REMEMBERED), min(read, REMEMBERED)):
-            if isinstance(fact, Interaction):
-                threads.add(fact)
+        threads, after = Threads(), max(0, read - REMEMBERED)
+        while after < read and (facts := self._journal.read(after, min(BATCH, read - after), unread=True)):
+            after = facts[-1][0]
+            for _, fact in facts:
+                if isinstance(fact, Interaction):
+                    threads.add(fact)
         return threads
 
     def _ripened(self, window: float, end: int, now: float) -> Ripened:
@@ -220,12 +262,13 @@ class Controller:
         looked, until = self._ripening.get(window, (-1, 0.0))
         if looked == before and 0.0 < until - now <= window:
             return Ripened(window, before, before, [])
-        signals = self._journal.signals(before, end, BATCH)
-        for place, (seq, signal) in enumerate(signals):
+        signals: list[tuple[int, Signal]] = []
+        for seq, signal in islice(self._journal.signals(before, end), BATCH):
             heard = signal.received_at or signal.at
             if 0.0 <= now - heard < window:
                 self._ripening[window] = seq - 1, heard + window
-                return Ripened(window, before, seq - 1, signals[:place])
+                return Ripened(window, before, seq - 1, signals)
+            signals.append((seq, signal))
         return Ripened(window, before, signals[-1][0] if len(signals) == BATCH else end, signals)
 
     def _touched(self, facts: Iterable[Fact]) -> list[Session]:
@@ -238,20 +281,21 @@ class Controller:
         about = chain(requests, *([i for _, i in self._journal.answers(signal)] for signal in heard))
         return list(dict.fromkeys((i.tenant, i.session) for i in about))
 
-    def _hear(self, new: Iterable[Fact], sessions: Requests, now: float) -> int:
+    def _hear(self, new: Sequence[tuple[int, Fact]], follows: Mapping[int, str], sessions: Requests, now: float) -> int:
         """Journal what requests, comparisons and silence tell about answers; how many signals there were."""
         heard: dict[str, Signal] = {}
-        said = {(s.tenant, s.event_id): s for s in new if isinstance(s, Signal) and s.source != "detected"}
+        said = {(s.tenant, s.event_id): s for _, s in new if isinstance(s, Signal) and s.source != "detected"}
         told_again = self._journal.repeated(said.values())
         for key, signal in said.items():
             if signal.kind == "comparison" or key in told_again:
                 heard |= {s.event_id: s for s in self._verdicts(*key)}
-        for fact in new:
+        for seq, fact in new:
             if isinstance(fact, Interaction) and fact.route in self.routes:
                 before = [
                     i for _, i in sessions[fact.tenant, fact.session] if i.route == fact.route and i.at <= fact.at
                 ]
-                found = heard_from(before, fact, self._rules[fact.route], self._continued(fact))
+                continued = self._request(follows[seq], fact.tenant, before) if seq in follows else None
+                found = heard_from(before, fact, self._rules[fact.route], continued)
                 heard |= {s.event_id: s for s in found}
         for requests in sessions.values():
             for name in {i.route for _, i in requests} & self.routes.keys():
@@ -298,18 +342,6 @@ class Controller:
     def _is_new(self, signal: Signal) -> bool:
         known = self._journal.event(signal.tenant, signal.event_id, 1)
         return not known or (signal.kind == "comparison" and known[-1].value != signal.value)
-
-    def _continued(self, new: Interaction) -> Interaction | None:
-        """The request whose answer `new` continues. It may look like another session's: apps change how they begin."""
-
-        def likeness(request_id: str) -> float:
-            earlier = self._journal.request(new.tenant, request_id)
-            return alike(earlier.answer, new) if earlier else 0.0
-
-        assert self._threads is not None
-        found = self._threads.find(new, likeness)
-        self._threads.add(new)
-        return self._journal.request(new.tenant, found) if found else None
 
     def _settle(self, sessions: Requests, marks: Mapping[float, int], token: int) -> None:
         """Bring the sessions' contributions to each route's sums up to date."""

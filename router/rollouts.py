@@ -92,6 +92,8 @@ class Rollouts:
 
     def facts(self, facts: Sequence[tuple[int, Fact]]) -> None:
         """New facts, in the order of arrival."""
+        if not self._of:
+            return
         for _, fact in facts:
             if isinstance(fact, Interaction) and fact.route in self._of:
                 self._of[fact.route].request(fact)

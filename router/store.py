@@ -52,8 +52,19 @@ class Change(msgspec.Struct, frozen=True):
     cells: Mapping[Cell, Sums]
 
 
-Assignment = tuple[str, str, Choice]
-"""Route, session, and the arm it drew."""
+Assignment = tuple[str, str, str, Choice]
+"""Route, tenant, session, and the arm it drew."""
+REMEMBER_SECONDS = 86400.0
+"""How long a session keeps its arm."""
+
+
+class Assignments(Protocol):
+    """Which arm each session has. Methods raise `StateError`s, and may be called from several threads."""
+
+    def assign(self, assignments: Sequence[Assignment], seconds: float, now: float) -> None:
+        """Remember sessions' arms for `seconds`."""
+
+    def recall(self, route: str, tenant: str, session: str, now: float) -> Choice | None: ...
 
 
 class Documents(Protocol):
@@ -119,14 +130,9 @@ class Store(Documents, Protocol):
 
     def kept(self, name: str) -> bytes | None: ...
 
-    # What gateways read and write.
+    # What gateways read.
 
     def snapshot(self, route: str) -> Snapshot | None: ...
-
-    def assign(self, assignments: Sequence[Assignment], seconds: float, now: float) -> None:
-        """Remember sessions' arms for `seconds`."""
-
-    def recall(self, route: str, session: str, now: float) -> Choice | None: ...
 
     # Keys of apps.
 

@@ -16,7 +16,7 @@ import msgspec
 import redis
 
 from router.arms import Cell, Choice, Snapshot, Sums
-from router.store import ApiKey, Assignment, Change, Lease
+from router.store import ApiKey, Assignment, Change, Lease, session_key
 from telemetry.errors import Fenced, StateUnavailable
 
 _LEASE = """
@@ -29,6 +29,12 @@ if owner ~= ARGV[1] then token = math.max(token + 1, math.floor(tonumber(ARGV[3]
 local ends = string.format('%.6f', tonumber(ARGV[3]) + tonumber(ARGV[2]))
 redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'token', token, 'expires', ends)
 return {tostring(token), ends}
+"""
+
+_ASSIGN = """
+-- KEYS: arms of sessions. ARGV: how long they are remembered, ms; then each one's choice. One script for many costs the
+-- gateway a tenth of as many SETs.
+for n, key in ipairs(KEYS) do redis.call('SET', key, ARGV[n + 1], 'PX', ARGV[1]) end
 """
 
 _RELEASE = """
@@ -110,6 +116,7 @@ class RedisStore:
         self._apply = self._redis.register_script(_APPLY)
         self._clear = self._redis.register_script(_CLEAR)
         self._set = self._redis.register_script(_SET)
+        self._assign = self._redis.register_script(_ASSIGN)
         self._mark = self._redis.register_script(_MARK)
         self._swap = self._redis.register_script(_SWAP)
 
@@ -196,15 +203,16 @@ class RedisStore:
 
     def assign(self, assignments: Sequence[Assignment], seconds: float, now: float) -> None:
         with self._translated():
-            pipeline = self._redis.pipeline(transaction=False)
-            for route, session, choice in assignments:
-                body = msgspec.json.encode(choice)
-                pipeline.set(_k(route, f"arm:{session}"), body, px=max(1, int(seconds * 1000)))
-            pipeline.execute()
+            for name in dict.fromkeys(route for route, *_ in assignments):
+                ours = [(_arm(route, *key), choice) for route, *key, choice in assignments if route == name]
+                for start in range(0, len(ours), AT_ONCE):
+                    part = dict(ours[start : start + AT_ONCE])
+                    bodies = map(msgspec.json.encode, part.values())
+                    self._assign(keys=list(part), args=[max(1, int(seconds * 1000)), *bodies])
 
-    def recall(self, route: str, session: str, now: float) -> Choice | None:
+    def recall(self, route: str, tenant: str, session: str, now: float) -> Choice | None:
         with self._translated():
-            body = self._redis.get(_k(route, f"arm:{session}"))
+            body = self._redis.get(_arm(route, tenant, session))
         return _choice.decode(body) if body else None
 
     def put_key(self, key: ApiKey) -> None:
@@ -256,6 +264,10 @@ class RedisStore:
 
 def _k(route: str, name: str) -> str:
     return f"understudy:{{{route}}}:{name}"
+
+
+def _arm(route: str, tenant: str, session: str) -> str:
+    return _k(route, f"arm:{session_key(tenant, session)}")
 
 
 def _rows(cells: Mapping[Cell, Sums]) -> list[tuple[str, str]]:

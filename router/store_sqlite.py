@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from router.arms import Cell, Choice, Snapshot, Sums
-from router.store import ApiKey, Assignment, Change, Lease, dump_cells, load_cells
+from router.arms import Cell, Snapshot, Sums
+from router.store import ApiKey, Change, Lease, dump_cells, load_cells
 from telemetry.errors import Fenced
 from telemetry.sqlite import connect, transaction, translated
 
@@ -46,9 +46,9 @@ MIGRATIONS = [
     CREATE TABLE kept (name TEXT PRIMARY KEY, body BLOB NOT NULL)
     """,
     "CREATE TABLE documents (name TEXT PRIMARY KEY, body BLOB NOT NULL)",
+    "DROP TABLE assignments",  # the journal tells them (`router.recall`)
 ]
 
-_choice = msgspec.json.Decoder(Choice)
 _snapshot = msgspec.json.Decoder(Snapshot)
 _key = msgspec.json.Decoder(ApiKey)
 
@@ -159,28 +159,6 @@ class SqliteStore:
     def snapshot(self, route: str) -> Snapshot | None:
         row = self._one("SELECT body FROM snapshots WHERE route = ?", route)
         return _snapshot.decode(row[0]) if row else None
-
-    def assign(self, assignments: Sequence[Assignment], seconds: float, now: float) -> None:
-        with self._writing():
-            self._db.executemany(
-                "INSERT OR REPLACE INTO assignments VALUES (?, ?, ?, ?)",
-                [(route, session, msgspec.json.encode(c), now + seconds) for route, session, c in assignments],
-            )
-            # Two old ones go for each new one, so the table stays as large as the sessions that live.
-            self._db.execute(
-                "DELETE FROM assignments WHERE (route, session) IN"
-                " (SELECT route, session FROM assignments WHERE expires < ? ORDER BY expires LIMIT ?)",
-                (now, 2 * len(assignments)),
-            )
-
-    def recall(self, route: str, session: str, now: float) -> Choice | None:
-        row = self._one(
-            "SELECT body FROM assignments WHERE route = ? AND session = ? AND expires >= ?",
-            route,
-            session,
-            now,
-        )
-        return _choice.decode(row[0]) if row else None
 
     def put_key(self, key: ApiKey) -> None:
         with self._writing():

@@ -59,7 +59,7 @@ OPERATIONS: dict[str, str] = {
 """Endpoint → what the conventions for generative AI call the operation."""
 
 
-class Answerer(msgspec.Struct, frozen=True, omit_defaults=True):
+class Answerer(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Which arm answered and with what probability it had been drawn."""
 
     arm: str
@@ -81,7 +81,7 @@ class Answerer(msgspec.Struct, frozen=True, omit_defaults=True):
     """Of such a session: the probability with which it would have drawn the other one of the two."""
 
 
-class Thread(msgspec.Struct, frozen=True, omit_defaults=True):
+class Thread(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Keyed hashes by which the request is found that a later one continues; see `telemetry.threads`."""
 
     asked: str
@@ -154,6 +154,15 @@ class Interaction(msgspec.Struct, frozen=True, tag="interaction", tag_field="typ
     """What was asked, as JSON; the app's own `messages`, `input` or `prompt`."""
     answer: str | None = None
     tool_calls: Any = None
+
+
+class Unread(Interaction, frozen=True, tag="interaction", tag_field="type", omit_defaults=True, gc=False):
+    """An interaction whose `messages` are JSON still, to be read by `telemetry.wording.turns` if anybody asks.
+
+    Reading them makes objects of all that was said before, and most are never looked at.
+    """
+
+    messages: msgspec.Raw = None  # type: ignore[assignment]
 
 
 class Signal(msgspec.Struct, frozen=True, tag="signal", tag_field="type", omit_defaults=True):
@@ -251,6 +260,7 @@ Fact = Interaction | Signal | Shadow | Decision
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Fact] = msgspec.json.Decoder(Fact)
+_skimmer: msgspec.json.Decoder[Fact] = msgspec.json.Decoder(Unread | Signal | Shadow | Decision)
 
 
 def answer_name(response_id: str) -> str:
@@ -259,10 +269,9 @@ def answer_name(response_id: str) -> str:
     vLLM writes ours after a prefix, which depends on the endpoint ("chatcmpl-…", "resp_…").
     """
     own = response_id.replace("_", "-").rpartition("-")[2]
-    return own if len(own) >= 6 and set(own) <= _HEX else response_id
+    return own if len(own) >= 6 and not own.strip("0123456789abcdef") else response_id
 
 
-_HEX = set("0123456789abcdef")
 REPLACED = "replaced"
 """The kind of a signal in whose place another one came, under its event id."""
 ELSEWHERE = "elsewhere"
@@ -271,8 +280,11 @@ ELSEWHERE = "elsewhere"
 
 def names_of(answer: Interaction) -> list[str]:
     """All names by which a signal may speak of the answer itself."""
-    own = (answer.request_id, answer.response_id, answer.response_id and answer_name(answer.response_id))
-    return list(dict.fromkeys(name for name in own if name))
+    own, given = answer.request_id, answer.response_id
+    if not given or given == own:
+        return [own]
+    name = answer_name(given)
+    return [own, given] if name in (own, given) else [own, given, name]
 
 
 def encode(fact: Fact) -> bytes:
@@ -282,6 +294,11 @@ def encode(fact: Fact) -> bytes:
 
 def decode(body: bytes) -> Fact:
     return _decoder.decode(body)
+
+
+def skim(body: bytes) -> Fact:
+    """As `decode`, but an interaction is `Unread`."""
+    return _skimmer.decode(body)
 
 
 def to_dict(fact: Fact) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from telemetry.events import (
     decode,
     encode,
     names_of,
+    skim,
 )
 from telemetry.sqlite import BUSY_SECONDS, connect, transaction, translated
 
@@ -73,6 +74,8 @@ MIGRATIONS = [
 ]
 
 COLUMNS = "event_id, type, at, tenant, route, session, request_id, response_id, trace_id, body"
+Row = tuple[object, ...]
+
 AT_MOST = 500
 """Parameters of one question; SQLite takes some thousand."""
 AT_ONCE = 64
@@ -91,7 +94,10 @@ class Journal:
 
     def append(self, facts: Sequence[Fact]) -> None:
         """Write all of `facts`, or none; on return they are on disk."""
-        rows = [_row(fact) for fact in facts]
+        self.write([row(fact) for fact in facts])
+
+    def write(self, rows: list[Row]) -> None:
+        """`append`, of facts that are rows already."""
         with translated(self.path), transaction(self._db):
             while rows:
                 size = AT_ONCE
@@ -101,14 +107,46 @@ class Journal:
                 marks = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * size)
                 self._db.execute(f"INSERT INTO facts ({COLUMNS}) VALUES {marks}", list(chain.from_iterable(part)))
 
-    def read(self, after: int = 0, limit: int = 1000) -> list[tuple[int, Fact]]:
-        """Up to `limit` facts in the order of arrival, each with its sequence number (> `after`)."""
-        return self._select("WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit))
+    def read(self, after: int = 0, limit: int = 1000, *, unread: bool = False) -> list[tuple[int, Fact]]:
+        """Up to `limit` facts in the order of arrival, each with its sequence number (> `after`).
 
-    def signals(self, after: int, until: int, limit: int = 1000) -> list[tuple[int, Signal]]:
-        """Up to `limit` signals with after < sequence number ≤ until, in the order of arrival."""
-        where = "WHERE seq > ? AND seq <= ? AND +type = 'signal' ORDER BY seq LIMIT ?"  # "+": by seq, not by the index
-        return [(seq, fact) for seq, fact in self._select(where, (after, until, limit)) if isinstance(fact, Signal)]
+        `unread`: requests are `Unread`, for who seldom looks at what was said.
+        """
+        return self._select("WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit), skim if unread else decode)
+
+    def news(self, after: int, limit: int) -> tuple[list[tuple[int, Fact]], set[int]]:
+        """As `read` with `unread`; and the sequence numbers of those requests that are not alone.
+
+        Of one that is alone nothing else on record tells: no request of its session, no signal about it.
+        """
+        question = (
+            "SELECT seq, body,"
+            " EXISTS (SELECT 1 FROM facts WHERE tenant = one.tenant AND session = one.session AND seq <> one.seq)"
+            " OR EXISTS (SELECT 1 FROM facts WHERE trace_id = one.trace_id AND type = 'signal')"
+            " OR EXISTS (SELECT 1 FROM facts WHERE response_id = one.request_id AND type = 'signal')"
+            " FROM facts AS one WHERE seq > ? ORDER BY seq LIMIT ?"
+        )
+        with translated(self.path):
+            rows = self._db.execute(question, (after, limit)).fetchall()
+        facts = self._legible(((seq, body) for seq, body, _ in rows), skim)
+        requests = [(seq, fact) for seq, fact in facts if isinstance(fact, Interaction)]
+        # The names that upstreams give are sought apart, each once: some give all of their answers the same one.
+        given = ((i.tenant, name) for _, i in requests for name in names_of(i)[1:])
+        signals = self._about("signal", "response_id", given)
+        told = {(signal.tenant, signal.response_id) for _, signal in signals if isinstance(signal, Signal)}
+        company = {seq for seq, _, others in rows if others}
+        if told:
+            company |= {seq for seq, i in requests if any((i.tenant, name) in told for name in names_of(i))}
+        return facts, company
+
+    def signals(self, after: int, until: int) -> Iterator[tuple[int, Signal]]:
+        """The signals with after < sequence number ≤ until, in the order of arrival, sought as they are asked for."""
+        where = "WHERE seq > ? AND seq <= ? AND +type = 'signal' ORDER BY seq"  # "+": by seq, not by the index
+        with translated(self.path):
+            for row in self._db.execute(f"SELECT seq, body FROM facts {where}", (after, until)):
+                for seq, fact in self._legible([row]):
+                    if isinstance(fact, Signal):
+                        yield seq, fact
 
     def last(self) -> int:
         """Sequence number of the newest fact, 0 when there is none."""
@@ -152,6 +190,12 @@ class Journal:
         )
         return [(seq, fact) for seq, fact in rows if isinstance(fact, Interaction)]
 
+    def latest(self, tenant: str, session: str, route: str, limit: int = 16) -> list[Interaction]:
+        """A session's last requests on a route, newest first."""
+        where = "WHERE tenant = ? AND session = ? AND type = 'interaction' AND route = ? ORDER BY seq DESC LIMIT ?"
+        rows = self._select(where, (tenant, session, route, limit))
+        return [fact for _, fact in rows if isinstance(fact, Interaction)]
+
     def answers(self, signal: Signal) -> list[tuple[int, Interaction]]:
         """The interactions that `signal` is about, of its own tenant only; empty if none is journaled yet."""
         if signal.response_id:
@@ -177,9 +221,12 @@ class Journal:
         return None
 
     def sessions(
-        self, keys: Iterable[tuple[str, str]], known: Mapping[int, Fact]
+        self, keys: Iterable[tuple[str, str]], known: Mapping[int, Fact], *, unread: bool = False
     ) -> dict[tuple[str, str], list[tuple[int, Interaction]]]:
-        """Of each (tenant, session): its requests on all routes, oldest first. `known` need not be read again."""
+        """Of each (tenant, session): its requests on all routes, oldest first. `known` need not be read again.
+
+        `unread`: as `read` has it.
+        """
         facts = dict(known)
         places: list[tuple[int, tuple[str, str]]] = []
         with translated(self.path):
@@ -192,7 +239,8 @@ class Journal:
         missing = [seq for seq, _ in places if seq not in facts]
         for start in range(0, len(missing), AT_MOST):
             part = missing[start : start + AT_MOST]
-            facts |= dict(self._select(f"WHERE seq IN ({', '.join('?' * len(part))})", tuple(part)))
+            where = f"WHERE seq IN ({', '.join('?' * len(part))})"
+            facts |= dict(self._select(where, tuple(part), skim if unread else decode))
         found: dict[tuple[str, str], list[tuple[int, Interaction]]] = {}
         for seq, key in places:
             fact = facts[seq]
@@ -380,21 +428,24 @@ class Journal:
         with translated(self.path):
             return dict(self._db.execute("SELECT type, COUNT(*) FROM facts GROUP BY type").fetchall())
 
-    def _select(self, where: str, values: tuple[object, ...]) -> list[tuple[int, Fact]]:
+    def _select(
+        self, where: str, values: tuple[object, ...], decoded: Callable[[bytes], Fact] = decode
+    ) -> list[tuple[int, Fact]]:
         with translated(self.path):
             rows = self._db.execute(f"SELECT seq, body FROM facts {where}", values).fetchall()
-        try:
-            return [(seq, decode(body)) for seq, body in rows]
-        except (msgspec.MsgspecError, RecursionError):
-            return [(seq, fact) for seq, body in rows if (fact := self._legible(seq, body)) is not None]
+        return self._legible(rows, decoded)
 
-    def _legible(self, seq: int, body: bytes) -> Fact | None:
-        """A fact, or None for one that no reader can read: it stays where it is and stops nobody."""
-        try:
-            return decode(body)
-        except (msgspec.MsgspecError, RecursionError) as error:
-            log.error("%s: fact %d cannot be read and is passed over: %s", self.path, seq, error)
-            return None
+    def _legible(
+        self, rows: Iterable[tuple[int, bytes]], decoded: Callable[[bytes], Fact] = decode
+    ) -> list[tuple[int, Fact]]:
+        """Facts without those that no reader can read: they stay where they are and stop nobody."""
+        found = []
+        for seq, body in rows:
+            try:
+                found.append((seq, decoded(body)))
+            except (msgspec.MsgspecError, RecursionError) as error:
+                log.error("%s: fact %d cannot be read and is passed over: %s", self.path, seq, error)
+        return found
 
 
 def came(fact: Fact) -> float:
@@ -423,7 +474,8 @@ def meant(answers: Sequence[Interaction], at: float) -> Interaction:
     return max(then, key=lambda answer: answer.at) if then else min(answers, key=lambda answer: answer.at)
 
 
-def _row(fact: Fact) -> tuple[object, ...]:
+def row(fact: Fact) -> Row:
+    """A fact as the table `facts` keeps it, in the order of `COLUMNS`."""
     body = encode(fact)
     if isinstance(fact, Interaction):
         return (

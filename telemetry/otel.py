@@ -1,109 +1,45 @@
-"""Spans out: one for each answer and one for each signal, by OpenTelemetry's conventions for generative AI.
+"""Spans out: queued as facts after the last byte, written and posted in batches by one thread, as OTLP over HTTP.
 
-The conventions (semantic-conventions-genai, status Development) name the attributes; `_ATTRIBUTES` and `_SIGNAL` are
-the tables that map our fields to them. A signal is a span in a trace of its own, with one link to its answer's span and
-the event `gen_ai.evaluation.result`. Spans are built from facts after the last byte, in batches, by the SDK's own
-OTLP/HTTP exporter; they are never the only copy of anything, so a dead collector costs a dropped span.
+Whoever queues one never waits. Spans are never the only copy of anything, so a dead collector costs a dropped span, and
+those are counted. Resource, headers, certificates, compression, timeout and batches are what the variables say that
+OpenTelemetry's SDK for Python reads (opentelemetry.io/docs/specs/otel/protocol/exporter), and what is refused for now
+is sent again as the SDK does it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import gzip
+import logging
+import os
+import random
 import threading
+import time
+import zlib
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from email.utils import parsedate_to_datetime
+from functools import partial
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+import requests
+from msgspec.structs import replace
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.util.re import parse_env_headers
 
-from telemetry.events import OPERATIONS, Interaction, Signal
+from telemetry.events import Interaction, Signal
+from telemetry.spans import answer_span, envelope, signal_span
 
-_ATTRIBUTES: dict[str, Callable[[Interaction], Any]] = {
-    "gen_ai.operation.name": lambda i: OPERATIONS[i.endpoint],
-    "gen_ai.provider.name": lambda i: "vllm" if (i.upstream or "").startswith("http") else i.upstream,
-    "gen_ai.request.model": lambda i: i.route,
-    "gen_ai.request.stream": lambda i: i.stream,
-    "gen_ai.response.model": lambda i: i.answerer.model,
-    "gen_ai.response.id": lambda i: i.response_id or i.request_id,
-    "gen_ai.response.finish_reasons": lambda i: (i.finish_reason,) if i.finish_reason else None,
-    "gen_ai.response.time_to_first_chunk": lambda i: i.first_byte if i.stream else None,
-    "gen_ai.usage.input_tokens": lambda i: i.tokens_in,
-    "gen_ai.usage.output_tokens": lambda i: i.tokens_out,
-    "gen_ai.usage.cache_read.input_tokens": lambda i: i.tokens_cached,
-    "gen_ai.conversation.id": lambda i: i.session,
-    "error.type": lambda i: i.error,
-    "http.response.status_code": lambda i: i.status or None,
-    "user.id": lambda i: i.user,
-    "understudy.tenant": lambda i: i.tenant,
-    "understudy.arm": lambda i: i.answerer.arm,
-    "understudy.policy": lambda i: i.answerer.policy,
-    "understudy.propensity": lambda i: i.answerer.propensity,
-    "understudy.snapshot": lambda i: i.answerer.snapshot,
-    "understudy.prompt_version": lambda i: i.answerer.prompt_version,
-    "understudy.task_type": lambda i: i.task_type,
-}
-
-_EVALUATION = "gen_ai.evaluation.result"
-_SIGNAL: dict[str, Callable[[Signal, Interaction], Any]] = {
-    "gen_ai.evaluation.name": lambda s, _: s.name or s.kind,
-    "gen_ai.evaluation.score.value": lambda s, _: s.value,
-    "gen_ai.response.id": lambda _, i: i.response_id or i.request_id,
-    "gen_ai.response.model": lambda _, i: i.answerer.model,
-    "gen_ai.conversation.id": lambda _, i: i.session,
-    "user.id": lambda s, _: s.subject,
-    "understudy.tenant": lambda s, _: s.tenant,
-    "understudy.arm": lambda _, i: i.answerer.arm,
-    "understudy.signal.kind": lambda s, _: s.kind,
-    "understudy.signal.event_id": lambda s, _: s.event_id,
-    "understudy.signal.source": lambda s, _: s.source,
-    "understudy.signal.detector": lambda s, _: s.detector,
-    "understudy.signal.confidence": lambda s, _: s.confidence,
-}
-
-_SCOPE = InstrumentationScope("understudy")
-
+log = logging.getLogger("understudy.spans")
 
 MOST_WAITING = 2048
-"""Spans that wait to be sent; the SDK's own queue is as long, and forgets without a word."""
-
-
-class _Counting(SpanExporter):
-    """The exporter, counting what waits for it and what could not be sent."""
-
-    def __init__(self, exporter: SpanExporter, dropped: Callable[[int], None]) -> None:
-        self._exporter = exporter
-        self._dropped = dropped
-        self._waiting = 0
-        self._lock = threading.Lock()
-
-    def has_room(self) -> bool:
-        """Whether one more span may wait, which is counted with this."""
-        with self._lock:
-            room = self._waiting < MOST_WAITING
-            self._waiting += room
-        if not room:
-            self._dropped(1)
-        return room
-
-    def export(self, spans: Any) -> SpanExportResult:
-        try:
-            result = self._exporter.export(spans)
-        finally:
-            with self._lock:
-                self._waiting -= len(spans)
-        if result is not SpanExportResult.SUCCESS:
-            self._dropped(len(spans))
-        return result
-
-    def shutdown(self) -> None:
-        self._exporter.shutdown()
-
-    def force_flush(self, timeout_millis: int = 30000) -> bool:
-        return True
+"""Spans that wait to be sent, those on their way included."""
+PATIENCE = 5.0
+"""Seconds that closing may take, and a batch where no variable says otherwise."""
+AT_ONCE = 64
+"""Spans written before others may have Python's lock, 0.5 ms: whoever answers would wait 4 ms for a batch."""
+TRIES = 6
+AGAIN = frozenset({429, 502, 503, 504})
 
 
 class Spans:
@@ -113,66 +49,190 @@ class Spans:
     """
 
     def __init__(self, endpoint: str, dropped: Callable[[int], None] = lambda _: None) -> None:
-        exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=5)
-        self._exporter = _Counting(exporter, dropped)
-        self._processor = BatchSpanProcessor(self._exporter, max_queue_size=MOST_WAITING)
-        self._resource = Resource.create({"service.name": "understudy"})
+        self._collector = _Collector(f"{endpoint.rstrip('/')}/v1/traces")
+        self._dropped = dropped
+        self._batch = max(1, min(int(_number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512)), MOST_WAITING))
+        self._delay = _number("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000
+        resource = Resource.create({"service.name": "understudy"})
+        self._envelope = envelope(resource.attributes, resource.schema_url)
+        self._queue: deque[tuple[Interaction, Signal | None]] = deque()
+        self._room = MOST_WAITING
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._ends = float("inf")
+        self._refusing = False
+        self._thread = threading.Thread(target=self._run, name="spans", daemon=True)
+        self._thread.start()
 
     def answered(self, fact: Interaction) -> None:
         """Queue the span of one answer."""
-        if self._exporter.has_room():
-            self._processor.on_end(self._span(fact))
+        self._put(fact, None)
 
     def heard(self, signal: Signal, answer: Interaction) -> None:
         """Queue the span of one signal, about an answer."""
-        if self._exporter.has_room():
-            self._processor.on_end(self._signal(signal, answer))
-
-    def _span(self, fact: Interaction) -> ReadableSpan:
-        start = int(fact.at * 1e9)
-        attributes = {name: value for name, read in _ATTRIBUTES.items() if (value := read(fact)) is not None}
-        context = _context(fact)
-        parent = (
-            SpanContext(context.trace_id, int(fact.parent_span_id, 16), True, TraceFlags(1))
-            if fact.parent_span_id
-            else None
-        )
-        return ReadableSpan(
-            name=f"{attributes['gen_ai.operation.name']} {fact.route}",
-            context=context,
-            parent=parent,
-            resource=self._resource,
-            attributes=attributes,
-            kind=SpanKind.CLIENT,
-            status=Status(StatusCode.ERROR, fact.error) if fact.error else Status(StatusCode.UNSET),
-            start_time=start,
-            end_time=start + int(fact.duration * 1e9),
-            instrumentation_scope=_SCOPE,
-        )
-
-    def _signal(self, signal: Signal, answer: Interaction) -> ReadableSpan:
-        at = int(signal.at * 1e9)
-        attributes = {name: v for name, read in _SIGNAL.items() if (v := read(signal, answer)) is not None}
-        known = hashlib.blake2b(f"{signal.tenant}\x1f{signal.event_id}".encode(), digest_size=24).digest()
-        trace_id, span_id = int.from_bytes(known[:16], "big"), int.from_bytes(known[16:], "big")
-        return ReadableSpan(
-            name=f"signal {signal.kind}",
-            context=SpanContext(trace_id, span_id, False, TraceFlags(1)),  # the same for a signal that is sent again
-            resource=self._resource,
-            attributes=attributes,
-            events=(Event(_EVALUATION, attributes, at),),
-            links=(Link(_context(answer)),),
-            kind=SpanKind.INTERNAL,
-            status=Status(StatusCode.UNSET),
-            start_time=at,
-            end_time=at,
-            instrumentation_scope=_SCOPE,
-        )
+        self._put(answer, replace(signal, text=None, target=None))
 
     def close(self) -> None:
         """Send what is queued, for at most a few seconds."""
-        self._processor.shutdown()  # type: ignore[no-untyped-call]
+        self._room = 0
+        self._ends = time.monotonic() + PATIENCE
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(PATIENCE + 0.2)
+        if left := len(self._queue):
+            self._dropped(left)
+
+    def _put(self, answer: Interaction, signal: Signal | None) -> None:
+        waiting = len(self._queue)
+        if waiting >= self._room:
+            self._dropped(1)
+            return
+        # What people wrote is large and no part of a span: it does not wait for a collector that hangs.
+        self._queue.append((replace(answer, messages=None, answer=None, tool_calls=None), signal))
+        if waiting + 1 >= self._batch and not self._wake.is_set():
+            self._wake.set()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            if len(self._queue) < self._batch:
+                self._wake.wait(self._delay)
+            if self._queue:
+                self._send_some()
+            self._wake.clear()
+        while self._queue and time.monotonic() < self._ends:
+            self._send_some()
+        self._collector.close()
+
+    def _send_some(self) -> None:
+        """Send what has waited longest. It stays in the queue meanwhile, where it counts as waiting."""
+        taken = min(len(self._queue), self._batch)
+        written = []
+        for n in range(taken):
+            if n % AT_ONCE == 0:
+                time.sleep(0)
+            if span := _written(*self._queue[n]):
+                written.append(span)
+        sent = len(written) if written and self._send(self._envelope(written)) else 0
+        if sent or time.monotonic() < self._ends:  # else who closes counts them
+            for _ in range(taken):
+                self._queue.popleft()
+            if taken > sent:
+                self._dropped(taken - sent)
+
+    def _send(self, body: bytes) -> bool:
+        """Whether the collector took it, which is asked again while it is away or busy and there is time."""
+        collector, ends = self._collector, time.monotonic() + self._collector.timeout
+        packed = collector.pack(body)
+        n = 0
+        while True:
+            n += 1
+            ends = min(ends, self._ends)  # it may be closed meanwhile
+            refused = collector.post(packed, ends - time.monotonic())
+            if refused is None:
+                self._refusing = False
+                return True
+            pause = 2 ** (n - 1) * random.uniform(0.8, 1.2) if refused.pause is None else refused.pause
+            last = n == TRIES or (n > 1 and self._closing.is_set())
+            if last or not refused.again or time.monotonic() + pause > ends:
+                if not self._refusing:
+                    log.warning("%s takes no spans: %s; they are dropped and counted", collector.host, refused.why)
+                self._refusing = True
+                return False
+            self._closing.wait(pause)
 
 
-def _context(fact: Interaction) -> SpanContext:
-    return SpanContext(int(fact.trace_id or "1", 16), int(fact.span_id or "1", 16), False, TraceFlags(1))
+class _Refused(NamedTuple):
+    """Why a collector did not take a batch, whether it may the next time, and after how many seconds if it says so."""
+
+    why: str
+    again: bool
+    pause: float | None = None
+
+
+class _Collector:
+    """Where batches are posted, with a connection that is kept."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self.host = url, urlsplit(url).hostname
+        self.timeout = _number(_named("TIMEOUT"), PATIENCE)
+        self.pack, encoding = _packing((_said("COMPRESSION") or "none").strip().lower())
+        certificate, private = _said("CLIENT_CERTIFICATE"), _said("CLIENT_KEY")
+        self._session = requests.Session()
+        self._authorities = _said("CERTIFICATE")
+        self._session.cert = (certificate, private) if certificate and private else certificate
+        self._session.headers.update({"content-type": "application/x-protobuf", "user-agent": "understudy"})
+        self._session.headers.update({**encoding, **parse_env_headers(_said("HEADERS") or "", liberal=True)})
+
+    def post(self, body: bytes, timeout: float) -> _Refused | None:
+        """What came of it; None if the collector took it."""
+        try:
+            answer = self._session.post(
+                self._url, body, timeout=max(0.05, timeout), verify=self._authorities, allow_redirects=False
+            )
+        except requests.RequestException as error:  # its words may hold a header, or a URL that is a secret
+            return _Refused(type(error).__name__, isinstance(error, (requests.ConnectionError, requests.Timeout)))
+        except Exception as error:  # a file of certificates that is not there
+            return _Refused(f"{type(error).__name__}: {error}", again=False)
+        if answer.status_code < 300:
+            return None
+        return _Refused(
+            f"it answered {answer.status_code}", answer.status_code in AGAIN, _pause(answer.headers.get("retry-after"))
+        )
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def _written(answer: Interaction, signal: Signal | None) -> bytes | None:
+    try:
+        return answer_span(answer) if signal is None else signal_span(signal, answer)
+    except Exception as error:  # one that cannot be written is no reason to lose the others
+        log.warning("a span cannot be written: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _packing(name: str) -> tuple[Callable[[bytes], bytes], dict[str, str]]:
+    """How bodies are compressed, and the header that says so."""
+    if name == "gzip":
+        return partial(gzip.compress, compresslevel=1), {"content-encoding": name}
+    if name == "deflate":
+        return partial(zlib.compress, level=1), {"content-encoding": name}
+    if name != "none":
+        log.warning("OTEL_EXPORTER_OTLP_COMPRESSION: %r is not known; spans are not compressed", name)
+    return bytes, {}
+
+
+def _named(what: str) -> str:
+    """The variable that says it of an exporter: the one for traces where that is set."""
+    traces = f"OTEL_EXPORTER_OTLP_TRACES_{what}"
+    return traces if os.environ.get(traces) else f"OTEL_EXPORTER_OTLP_{what}"
+
+
+def _said(what: str) -> str | None:
+    return os.environ.get(_named(what)) or None
+
+
+def _number(name: str, default: float) -> float:
+    """What a variable says if that is a number above 0."""
+    written = os.environ.get(name)
+    try:
+        number = float(written or default)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        log.warning("%s: %r is no number above 0; it is %g", name, written, default)
+        return default
+    return number
+
+
+def _pause(retry_after: str | None) -> float | None:
+    """Seconds of a Retry-After (RFC 9110, 10.2.3)."""
+    if retry_after is None:
+        return None
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return None

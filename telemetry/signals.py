@@ -100,6 +100,11 @@ def heard_from(
     return found
 
 
+def tells(new: Interaction, rules: Rules = RULES) -> bool:
+    """Whether a request that follows on nothing may give a signal, now or after a silence."""
+    return new.error == "client_left" or new.escalated or bool(rules.escalation_tools and new.tool_calls)
+
+
 def alike(answer: str | None, new: Interaction) -> float:
     """How like an earlier answer the last assistant turn of `new` is, 0 to 1; 1 where a text is not known."""
     returned = next((text for role, text in reversed(turns(new.messages)) if role == "assistant"), None)
@@ -213,9 +218,11 @@ def _toned(earlier: Interaction, new: Interaction, turn: str) -> Iterator[Signal
 
 def _stopped(new: Interaction) -> Iterator[Signal]:
     """The client left while the answer came; before its first words, or at a time-out's second, that tells nothing."""
+    if new.error != "client_left" or new.first_byte is None:
+        return
     seen = new.answer if "off" not in new.redacted else new.stream
     gave_up = any(-0.15 <= new.duration - limit <= 0.1 for limit in TIMEOUTS)
-    if new.error == "client_left" and new.first_byte is not None and seen and not gave_up:
+    if seen and not gave_up:
         yield _signal(STOP, "stop", new, new, "the client left in the middle of the answer", 0.9)
 
 

@@ -18,21 +18,23 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
-from telemetry.events import Interaction, Thread
+from telemetry.events import Interaction, Thread, answer_name
 
 LATEST = 16
 """Requests of one key that are remembered: more that begin alike cannot be told apart anyway."""
 MOST_TURNS = 2000
 ALIKE = 0.2
 
+_PLAIN = bytes(range(32, 127))
+"""Text of nothing else has no white space but blanks."""
+
 Part = tuple[str, bytes]
-"""Role and canonical content of a turn."""
+"""Role of a turn, and its canonical form."""
 
 
 def thread_of(
@@ -54,24 +56,18 @@ def thread_of(
     last = next((n for n in range(len(parts) - 1, -1, -1) if parts[n][0] == "assistant"), None)
     hashed = hashlib.blake2b(tenant.encode(), key=key, digest_size=9)
     before = after = ""
-    for n, part in enumerate(parts):
-        if n == last:
-            before = _key(hashed)
-        _add(hashed, part)
-        if n == last:
-            after = _key(hashed)
-    own = ("assistant", _content(answer, tool_calls, "assistant"))
-    asked = _key(hashed)
-    chosen = []
-    for text in others:
-        other = hashed.copy()
-        _add(other, ("assistant", _content(text, (), "assistant")))
-        chosen.append(_key(other))
-    _add(hashed, own)
+    begun = 0
+    if last is not None:
+        before = _with(hashed, parts[:last])
+        after = _with(hashed, parts[last : last + 1])
+        begun = last + 1
+    own = _turn("assistant", _content(answer, tool_calls, "assistant"))
+    asked = _with(hashed, parts[begun:])
+    chosen = [_with(hashed.copy(), [_turn("assistant", _content(text, (), "assistant"))]) for text in others]
     return Thread(
         others=tuple(chosen),
         asked=asked,
-        said=_key(hashed),
+        said=_with(hashed, [own]),
         exchange=_exchange(tenant, parts, own, key),
         after_asked=before,
         after_said=after,
@@ -79,35 +75,50 @@ def thread_of(
     )
 
 
-class _Known(NamedTuple):
+class _Known(msgspec.Struct, frozen=True, gc=False):
+    name: str
     at: float
+    tenant: str
     session: str
     user: str | None
-    keys: tuple[str, ...]
+
+
+class _Memory:
+    """Requests by their hashes and by the names of their answers."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[str, tuple[_Known, ...]] = {}
+        self.size = 0
+        self.began = 0.0
 
 
 class Threads:
-    """The latest requests by their hashes: at most `limit` of them, none older than `lifetime` seconds."""
+    """The latest requests by their hashes: at most `limit` of them, none for longer than twice `lifetime` seconds.
+
+    They are forgotten in two halves, the older one at once: each by itself would cost as much as remembering it.
+    """
 
     def __init__(self, limit: int = 100_000, lifetime: float = 86400.0) -> None:
         self._limit = limit
         self._lifetime = lifetime
-        self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._by_key: dict[str, tuple[str, ...]] = {}
+        self._old, self._new = _Memory(), _Memory()
 
     def __len__(self) -> int:
-        return len(self._known)
+        return self._old.size + self._new.size
 
     def add(self, request: Interaction) -> None:
         """Remember a request."""
-        if request.request_id in self._known:
+        if request.request_id in self._new.by_key or request.request_id in self._old.by_key:
             return
-        known = _Known(request.at, request.session, request.user, _keys(request))
-        self._known[request.request_id] = known
-        for key in known.keys:
-            self._by_key[key] = (*self._by_key.get(key, ()), request.request_id)[-LATEST:]
-        while len(self._known) > self._limit or next(iter(self._known.values())).at < request.at - self._lifetime:
-            self._forget(*self._known.popitem(last=False))
+        if self._new.size >= self._limit // 2 or request.at > self._new.began + self._lifetime:
+            self._old, self._new = self._new, _Memory()
+            self._new.began = request.at
+        known = _Known(request.request_id, request.at, request.tenant, request.session, request.user)
+        alone, by_key = (known,), self._new.by_key
+        for key in _keys(request):
+            before = by_key.get(key)
+            by_key[key] = (*before, known)[-LATEST:] if before else alone
+        self._new.size += 1
 
     def find(self, new: Interaction, alike: Callable[[str], float] = lambda name: 1.0) -> str | None:
         """The id of the request whose answer `new` continues; None if it begins, or nothing is known of it.
@@ -115,47 +126,50 @@ class Threads:
         `alike`: how like a request's answer is to the last assistant turn of `new`, 0 to 1; asked only where that turn
         is nobody's answer as it was given. Less than `ALIKE` is another text, not an edit.
         """
+        found = self._found(new, alike)
+        return found.name if found else None
+
+    def _found(self, new: Interaction, alike: Callable[[str], float]) -> _Known | None:
         thread = new.thread
         if new.previous is not None:
-            return self._nearest(_named(new.tenant, new.previous), new)
-        if thread is None:
+            own = self._nearest(answer_name(new.previous), new)
+            return own or self._nearest(_named(new.tenant, new.previous), new)
+        if thread is None or not thread.after_said:
             return None
         found = self._nearest(thread.after_said, new) or self._nearest(thread.after_exchange, new)
         if found is not None:
             return found
-        edited = {name: alike(name) for name in self._candidates(thread.after_asked, new)}
-        edited = {name: likeness for name, likeness in edited.items() if likeness >= ALIKE}
-        return max(edited, key=lambda name: (edited[name], *self._nearness(name, new)), default=None)
+        edited = {known: alike(known.name) for known in self._candidates(thread.after_asked, new)}
+        edited = {known: likeness for known, likeness in edited.items() if likeness >= ALIKE}
+        return max(edited, key=lambda known: (edited[known], *_nearness(known, new)), default=None)
 
-    def _nearest(self, key: str, new: Interaction) -> str | None:
-        return max(self._candidates(key, new), key=lambda name: self._nearness(name, new), default=None)
+    def _nearest(self, key: str, new: Interaction) -> _Known | None:
+        return max(self._candidates(key, new), key=lambda known: _nearness(known, new), default=None)
 
-    def _candidates(self, key: str, new: Interaction) -> list[str]:
-        return [name for name in self._by_key.get(key, ()) if self._may_follow(name, new)]
-
-    def _may_follow(self, name: str, new: Interaction) -> bool:
-        known = self._known[name]
-        same_user = known.user is None or new.user is None or known.user == new.user
-        return name != new.request_id and known.at <= new.at and same_user
-
-    def _nearness(self, name: str, new: Interaction) -> tuple[bool, bool, float]:
-        known = self._known[name]
-        return known.session == new.session, known.user == new.user, known.at
-
-    def _forget(self, name: str, known: _Known) -> None:
-        for key in known.keys:
-            left = tuple(one for one in self._by_key.get(key, ()) if one != name)
-            if left:
-                self._by_key[key] = left
-            else:
-                self._by_key.pop(key, None)
+    def _candidates(self, key: str, new: Interaction) -> list[_Known]:
+        knowns = (*self._old.by_key.get(key, ()), *self._new.by_key.get(key, ()))
+        return [known for known in knowns[-LATEST:] if _may_follow(known, new)]
 
 
-def _keys(request: Interaction) -> tuple[str, ...]:
-    thread = request.thread
-    hashes = (thread.said, thread.exchange, thread.asked, *thread.others) if thread else ()
-    names = filter(None, (request.request_id, request.response_id))
-    return *filter(None, hashes), *(_named(request.tenant, name) for name in names)
+def _may_follow(known: _Known, new: Interaction) -> bool:
+    same_user = known.user is None or new.user is None or known.user == new.user
+    return known.name != new.request_id and known.at <= new.at and known.tenant == new.tenant and same_user
+
+
+def _nearness(known: _Known, new: Interaction) -> tuple[bool, bool, float]:
+    return known.session == new.session, known.user == new.user, known.at
+
+
+def _keys(request: Interaction) -> list[str]:
+    thread, given = request.thread, request.response_id
+    keys = [request.request_id]
+    if thread is not None:
+        keys += (thread.said, thread.asked, *thread.others)
+        if thread.exchange:
+            keys.append(thread.exchange)
+    if given and answer_name(given) != request.request_id:
+        keys.append(_named(request.tenant, given))
+    return keys
 
 
 def _named(tenant: str, name: str) -> str:
@@ -168,9 +182,7 @@ def _exchange(tenant: str, parts: Sequence[Part], answer: Part, key: bytes) -> s
     if start is None:
         return ""
     hashed = hashlib.blake2b(tenant.encode(), key=key, digest_size=9, person=b"exchange")
-    for part in (*parts[start:], answer):
-        _add(hashed, part)
-    return _key(hashed)
+    return _with(hashed, [*parts[start:], answer])
 
 
 def _part(message: Mapping[str, Any]) -> Part | None:
@@ -185,7 +197,11 @@ def _part(message: Mapping[str, Any]) -> Part | None:
         content if content is not None else message.get("refusal"), calls if isinstance(calls, list) else (), role
     )
     call = message.get("tool_call_id") or message.get("call_id")
-    return role, body + (b"\x1e" + str(call).encode("utf-8", "surrogatepass") if call else b"")
+    return _turn(role, body + (b"\x1e" + str(call).encode("utf-8", "surrogatepass") if call else b""))
+
+
+def _turn(role: str, body: bytes) -> Part:
+    return role, b"%b%d:%b" % (_ROLES.get(role) or _role(role), len(body), body)
 
 
 def _content(content: Any, calls: Sequence[Any], role: str) -> bytes:
@@ -200,9 +216,9 @@ def _content(content: Any, calls: Sequence[Any], role: str) -> bytes:
         text = _without_reasoning(text)
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
-    if not text.isprintable() or "  " in text or text[:1] == " " or text[-1:] == " ":  # else it is as it would be
-        text = " ".join(text.split())
     body = text.encode("utf-8", "surrogatepass")
+    if body.translate(None, _PLAIN) or b"  " in body or body[:1] == b" " or body[-1:] == b" ":
+        body = " ".join(text.split()).encode("utf-8", "surrogatepass")
     for call in calls:
         body += b"\x1d" + _call(call).encode("utf-8", "surrogatepass")
     return body
@@ -237,9 +253,10 @@ def _without_reasoning(text: str) -> str:
     return text
 
 
-def _add(hashed: Any, part: Part) -> None:
-    role, body = part
-    hashed.update(b"%b%d:%b" % (_ROLES.get(role) or _role(role), len(body), body))
+def _with(hashed: Any, parts: Sequence[Part]) -> str:
+    """The hash once `parts` are added to it."""
+    hashed.update(b"".join([part for _, part in parts]))
+    return str(hashed.hexdigest())
 
 
 def _role(role: str) -> bytes:
@@ -247,7 +264,3 @@ def _role(role: str) -> bytes:
 
 
 _ROLES = {role: _role(role) for role in ("user", "assistant", "tool", "function")}
-
-
-def _key(hashed: Any) -> str:
-    return str(hashed.hexdigest())

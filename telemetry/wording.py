@@ -52,7 +52,10 @@ def turns(messages: Any) -> list[Turn]:
     Instructions (system, developer) are left out: apps put the time of day into them.
     """
     if isinstance(messages, msgspec.Raw):
-        messages = msgspec.json.decode(messages)
+        try:
+            messages = msgspec.json.decode(messages)
+        except (msgspec.MsgspecError, RecursionError):
+            return []
     if isinstance(messages, str):
         return [("user", messages)]
     if not isinstance(messages, list) or len(messages) > MANY:

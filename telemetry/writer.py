@@ -1,7 +1,8 @@
 """What stands between an event loop and the journal's disk: one thread that writes what was put, in batches.
 
 It takes what was put since its last commit and writes it in one transaction, so that a request never waits for a disk
-and a thousand facts cost one sync. While the disk fails or another program locks the file, facts wait in memory (at
+and a thousand facts cost one sync. A fact is made into its row when it is put: what waits is small, and the thread does
+nothing that needs Python's lock. While the disk fails or another program locks the file, facts wait in memory (at
 most `limit`; then interactions are dropped and counted, and durable puts are refused).
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from telemetry.errors import StateError, StateUnavailable
 from telemetry.events import Fact
-from telemetry.journal import Journal
+from telemetry.journal import Journal, Row, row
 
 
 class JournalWriter:
@@ -37,7 +38,7 @@ class JournalWriter:
         self._journal = Journal(path)
         self._limit = limit
         self._report = report
-        self._queue: deque[tuple[Sequence[Fact], Future[None] | None]] = deque()
+        self._queue: deque[tuple[list[Row], Future[None] | None]] = deque()
         self._wake = threading.Event()
         self._hurry = threading.Event()
         self._closing = False
@@ -51,15 +52,16 @@ class JournalWriter:
         if len(self._queue) >= self._limit:
             self.dropped += 1
             return
-        self._queue.append(((fact,), None))
-        self._wake.set()
+        self._queue.append(([row(fact)], None))
+        if not self._wake.is_set():
+            self._wake.set()
 
     async def put_durably(self, facts: Sequence[Fact], timeout: float | None = None) -> None:
         """Return when `facts` are on disk; StateUnavailable after `timeout` (or `PATIENCE`) seconds without that."""
         if len(self._queue) >= self._limit:
             raise StateUnavailable(f"the journal's queue is full: {self.failing or 'the disk is too slow'}")
         done: Future[None] = Future()
-        self._queue.append((facts, done))
+        self._queue.append(([row(fact) for fact in facts], done))
         self._hurry.set()
         self._wake.set()
         try:
@@ -89,10 +91,9 @@ class JournalWriter:
         while self._queue:
             batch = [self._queue.popleft() for _ in range(min(self.BATCH, len(self._queue)))]
             # A caller who stopped waiting was told 503 and will send again; what it sent is not kept twice.
-            batch = [(facts, done) for facts, done in batch if done is None or not done.cancelled()]
-            facts = [fact for facts, _ in batch for fact in facts]
+            batch = [(rows, done) for rows, done in batch if done is None or not done.cancelled()]
             try:
-                self._journal.append(facts)
+                self._journal.write([row for rows, _ in batch for row in rows])
             except StateError as error:
                 self._queue.extendleft(reversed(batch))
                 if self.failing is None:

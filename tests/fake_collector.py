@@ -1,9 +1,13 @@
-"""A collector that records what it is sent over OTLP/HTTP, or hangs."""
+"""A collector that records what it is sent over OTLP/HTTP, or hangs, or refuses as often as it is told."""
 
 from __future__ import annotations
 
 import gzip
 import threading
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -13,8 +17,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 class Collector:
     """Listens on a free port between `with` and its end."""
 
-    def __init__(self, hang: bool = False) -> None:
+    def __init__(self, hang: bool = False, refuse: Sequence[int] = (), retry_after: str | None = None) -> None:
+        """`refuse`: the statuses that its first answers have."""
         self.bodies: list[bytes] = []
+        """Of requests that were not refused."""
+        self.headers: list[Message] = []
+        """Of all requests."""
+        refusals = deque(refuse)
         self._go = threading.Event()
         if not hang:
             self._go.set()
@@ -23,11 +32,16 @@ class Collector:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                if self.headers.get("content-encoding") == "gzip":
-                    body = gzip.decompress(body)
+                unpack = {"gzip": gzip.decompress, "deflate": zlib.decompress}
+                body = unpack.get(self.headers.get("content-encoding", ""), bytes)(body)
+                outer.headers.append(self.headers)
                 outer._go.wait(30)
-                outer.bodies.append(body)
-                self.send_response(200)
+                status = refusals.popleft() if refusals else 200
+                if status == 200:
+                    outer.bodies.append(body)
+                self.send_response(status)
+                if status != 200 and retry_after is not None:
+                    self.send_header("retry-after", retry_after)
                 self.send_header("content-length", "0")
                 self.end_headers()
 

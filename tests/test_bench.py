@@ -17,16 +17,44 @@ def run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(BENCH / script), *words], capture_output=True, text=True, timeout=120)
 
 
-def test_gateway_load_measures_direct_and_ours_and_says_what_is_not_installed() -> None:
-    words = ["--quick", "--json", "--only", "direct,understudy,vllm-router", "--litellm-python", "/nowhere/python"]
-    done = run("gateway_load.py", *words)
+def test_gateway_load_judges_every_bar_and_says_what_is_not_installed() -> None:
+    done = run(
+        "gateway_load.py",
+        "--quick",
+        "--json",
+        "--vllm-router",
+        "/nowhere/vllm-router",
+        "--only",
+        "direct,understudy,vllm-router",
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["errors"] == 0
-    assert set(found["results"]) | set(found["not_installed"]) == {"direct", "understudy", "vllm-router"}
-    for shape in found["results"]["understudy"]["shapes"].values():
-        assert shape["cpu_us"]["total"] >= shape["cpu_us"]["worker"] > 0
-        assert shape["added_p50_ms"] is not None
+    assert found["errors"] == 0, found["reasons"]
+    assert "vllm-router" in found["not_installed"]
+    bars = {part: [bar for bar in found["bars"] if bar["part"] == part] for part in found["parts"]}
+    assert {part: len(of) for part, of in bars.items()} == {
+        "cpu": 4, "latency": 3, "streams": 3, "flat": 5, "state": 3, "start": 2,
+    }  # fmt: skip
+    assert not [bar for bar in bars["cpu"] if bar["value"] is not None], "nobody was there to compare with"
+    measured = [bar for part in ("latency", "streams", "flat", "start") for bar in bars[part]]
+    assert not [bar for bar in measured if bar["met"] is None]
+    for shape in found["parts"]["cpu"]["understudy"]["shapes"].values():
+        assert shape["cpu_us"]["total"] >= shape["cpu_us"]["worker"]
+
+
+def test_gateway_load_loses_no_stream_when_the_gateway_is_told_to_stop() -> None:
+    done = run("gateway_load.py", "--quick", "--json", "--parts", "streams")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["parts"]["streams"]
+    assert found["drain"]["lost"] == 0
+    assert found["late_ms"]["p99"] > 0
+
+
+def test_gateway_load_prints_the_table_of_its_bars() -> None:
+    done = run("gateway_load.py", "--quick", "--parts", "start")
+    assert done.returncode == 0, done.stderr
+    assert "| start | ready after" in done.stdout
+    assert "--parts start" in done.stdout
 
 
 def test_gateway_load_refuses_what_it_does_not_know() -> None:

@@ -19,9 +19,10 @@ import pytest
 from conftest import eventually
 
 from telemetry.errors import StateError, StateReadOnly, StateUnavailable, StateVersion
-from telemetry.events import Answerer, Fact, Interaction, Signal, encode
+from telemetry.events import Answerer, Fact, Interaction, Signal, Thread, encode
 from telemetry.journal import MIGRATIONS, Journal
 from telemetry.sqlite import connect, transaction
+from telemetry.wording import turns
 from telemetry.writer import JournalWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,6 +228,62 @@ def test_signals_about_answers_are_found_by_each_name_in_order_of_arrival(journa
     assert journal.signals_about([]) == []
     assert names(journal.signals_about([about, answer("two", session="s2")])) == [
         "by-session", "by-trace", "of-another", "by-response", "by-request",
+    ]  # fmt: skip
+
+
+def test_news_say_of_which_requests_anything_else_tells(journal: Journal) -> None:
+    journal.append(
+        [
+            answer("alone", session="a", response_id="chatcmpl-1"),
+            answer("of-two", session="b"),
+            answer("of-the-two", session="b"),
+            answer("with-session-vote", session="c"),
+            answer("with-trace-vote", session="d", trace_id="t1"),
+            answer("in-that-trace", session="e", trace_id="t1"),
+            answer("in-another", session="f", trace_id="t2"),
+            answer("ours", session="g"),
+            answer("0a1b2c3d", session="h", response_id="chatcmpl-0a1b2c3d"),
+            answer("theirs", session="i", response_id="resp_99aabbcc"),
+            answer("theirs-too", session="j", response_id="resp_99aabbcc"),
+            answer("another's", session="c", tenant="umbrella", response_id="resp_99aabbcc"),
+        ]
+    )
+    journal.append([vote("v1", session="c"), vote("v2", trace_id="t1"), vote("v3", response_id="ours")])
+    journal.append([vote("v4", response_id="chatcmpl-0a1b2c3d"), vote("v5", response_id="99aabbcc")])
+    facts, company = journal.news(0, 100)
+    assert names(facts) == names(journal.read(0, 100))
+    assert names([(seq, fact) for seq, fact in facts if seq not in company and isinstance(fact, Interaction)]) == [
+        "alone", "in-another", "another's",
+    ]  # fmt: skip
+    facts, company = journal.news(1, 2)
+    assert (names(facts), company) == (["of-two", "of-the-two"], {2, 3})
+    assert journal.news(17, 10) == ([], set())
+
+
+def test_signals_are_sought_as_they_are_asked_for(
+    path: Path, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal.append([answer("one"), vote("first"), answer("two"), vote("bad"), vote("last")])
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("UPDATE facts SET body = 'no' WHERE event_id = 'bad'")
+    assert names([next(journal.signals(0, 5))]) == ["first"]
+    assert caplog.text == ""
+    assert names(list(journal.signals(0, 5))) == ["first", "last"]
+    assert "fact 4 cannot be read" in caplog.text
+    assert names(list(journal.signals(2, 4))) == []
+
+
+def test_an_unread_request_is_the_same_but_for_what_was_said(journal: Journal) -> None:
+    whole = answer("one", messages=[{"role": "user", "content": "Été?"}], answer="Oui.", thread=Thread("a", "b"))
+    journal.append([whole, answer("two")])
+    (_, unread), (_, without) = journal.read(0, 10, unread=True)
+    assert isinstance(unread, Interaction)
+    assert isinstance(without, Interaction)
+    assert without.messages is None
+    assert turns(unread.messages) == turns(whole.messages) == [("user", "Été?")]
+    assert encode(unread) == encode(whole)
+    assert [encode(fact) for _, fact in journal.sessions([("acme", "s1")], {}, unread=True)["acme", "s1"]] == [
+        encode(whole), encode(without)
     ]  # fmt: skip
 
 

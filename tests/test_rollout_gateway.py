@@ -319,7 +319,7 @@ def test_a_replica_that_restarted_without_the_version_is_asked_for_it_again_once
         return len(one.asked("v2")) > had
 
     eventually(reached)
-    assert {f.error for f in gw.interactions()} == {None}
+    assert {f.error for f in gw.wait_interactions(60)} == {None}
 
 
 @pytest.mark.parametrize("stream", [False, True])

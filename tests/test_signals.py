@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetry.events import SIGNAL_KINDS, Answerer, Interaction, Signal
-from telemetry.signals import RULES, Rules, after_silence, alike, compared, detect, heard_from
+from telemetry.signals import RULES, Rules, after_silence, alike, compared, detect, heard_from, tells
 from telemetry.tone import tone
 from telemetry.wording import canonical, cut_from, grams, likeness, prose, said_again, turns
 
@@ -437,3 +437,25 @@ def test_likeness_of_an_answer_and_what_came_back() -> None:
     assert alike("The sky is blue because of the air.", new) > 0.7
     assert alike("Bananas grow on plants, not on trees.", new) < 0.2
     assert alike(None, new) == alike("x", interaction("m", 1.0, None)) == 1.0, "texts that are not known"
+
+
+@given(
+    error=st.sampled_from([None, "client_left", *FAULTS]),
+    first_byte=st.sampled_from([None, 0.2]),
+    answer=st.sampled_from([None, "", ANSWER]),
+    escalated=st.booleans(),
+    tool_calls=st.sampled_from([None, [], [{"name": "call_a_person"}], [{"name": "search"}]]),
+    sdk_retry=st.integers(0, 1),
+    redacted=st.sampled_from([(), ("off",)]),
+    tools=st.sampled_from([frozenset[str](), frozenset(["call_a_person"])]),
+)
+def test_a_request_that_follows_on_nothing_tells_nothing_unless_it_may(tools: frozenset[str], **fields: Any) -> None:
+    rules = Rules(escalation_tools=tools)
+    first = interaction("first", 0.0, [SYSTEM, QUESTION], input_hash="h1", **fields)
+    told = [*heard_from([first], first, rules), *after_silence([first], 1e6, rules)]
+    assert tells(first, rules) or set(kinds(told)) <= {"session_length"}
+
+
+@pytest.mark.parametrize("text", [b"[1e999]", b"[" * 9999 + b"]" * 9999, b"nothing", b"null"])
+def test_what_cannot_be_read_has_no_turns(text: bytes) -> None:
+    assert turns(msgspec.Raw(text)) == []

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import eventually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis_server import RedisServer
@@ -250,25 +249,6 @@ def test_snapshots_and_marks_are_read_as_they_were_written(opened: Open) -> None
     assert again.marked("journal") == 12345
 
 
-def test_assignments_are_recalled_until_they_expire(store: Store) -> None:
-    choice = Choice("a", 0.3, 7, "code", True, "thompson")
-    store.assign([("r", session_key("t", "s"), choice), ("r", session_key("t", "z"), choice)], 60.0, NOW)
-    assert store.recall("r", session_key("t", "s"), NOW) == choice
-    assert store.recall("r", session_key("u", "s"), NOW) is None
-    assert store.recall("other", session_key("t", "s"), NOW) is None
-    store.assign([], 60.0, NOW)
-
-
-def test_an_assignment_that_expired_is_not_recalled(store: Store) -> None:
-    key = session_key("t", "s")
-    store.assign([("r", key, Choice("a", 0.3))], 0.2, time.time())
-    store.assign([("r", session_key("t", "z"), Choice("b", 0.7))], 60.0, time.time())
-    eventually(lambda: store.recall("r", key, time.time()) is None)
-    assert store.recall("r", session_key("t", "z"), time.time()) == Choice("b", 0.7)
-    store.assign([("r", key, Choice("b", 0.7))], 60.0, time.time())
-    assert store.recall("r", key, time.time()) == Choice("b", 0.7)
-
-
 def test_of_many_that_ask_for_the_lease_at_once_one_gets_it(opened: Open) -> None:
     stores = [opened() for _ in range(6)]
     with ThreadPoolExecutor(6) as crew:
@@ -397,8 +377,8 @@ def test_redis_away_is_said_by_every_call_and_it_works_again_when_back() -> None
             lambda: store.marked("journal"),
             lambda: store.keep("model", b"x", t),
             lambda: store.kept("model"),
-            lambda: store.assign([("r", "s", Choice("a", 1.0))], 60.0, NOW),
-            lambda: store.recall("r", "s", NOW),
+            lambda: store.assign([("r", "t", "s", Choice("a", 1.0))], 60.0, NOW),
+            lambda: store.recall("r", "t", "s", NOW),
             lambda: store.put_key(new_key("acme", "app", NOW)[1]),
             store.list_keys,
             lambda: store.secret("signing", b"x"),
@@ -433,10 +413,10 @@ def test_a_locked_file_is_said(tmp_path: Path) -> None:
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(StateLocked, match=r"state\.db: locked by another program"):
-        store.assign([("r", "s", Choice("a", 1.0))], 60.0, NOW)
+        store.put_key(new_key("acme", "app", NOW)[1])
     other.execute("ROLLBACK")
-    store.assign([("r", "s", Choice("a", 1.0))], 60.0, NOW)
-    assert store.recall("r", "s", NOW) is not None
+    store.put_key(new_key("acme", "app", NOW)[1])
+    assert store.list_keys()
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(StateLocked):
         store.swap("a", None, b"x")
@@ -475,5 +455,5 @@ def test_a_read_only_file_is_said(tmp_path: Path) -> None:
     store = SqliteStore(path)
     store._db.execute("PRAGMA query_only = ON")  # as for a user who may not write (root may always)
     with pytest.raises(StateReadOnly, match="check its owner and mode"):
-        store.assign([("r", "s", Choice("a", 1.0))], 60.0, NOW)
+        store.put_key(new_key("acme", "app", NOW)[1])
     store.close()

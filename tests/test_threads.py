@@ -146,15 +146,38 @@ def test_what_comes_later_was_not_continued() -> None:
     assert found(late, request("next", [*ASKED, said("It is four.\n\nAnything  else?"), NEXT], at=1.0)) is None
 
 
-def test_memory_is_bounded_in_number_and_time() -> None:
-    threads = Threads(limit=100, lifetime=50.0)
+def next_turn(n: int, at: float) -> Interaction:
+    return request(f"next-{n}", [user(f"q{n}"), said("yes"), NEXT], at=at)
+
+
+def test_memory_is_bounded_in_number_and_the_latest_are_remembered() -> None:
+    threads = Threads(limit=100)
     for n in range(1000):
-        threads.add(request(f"r{n}", [user(f"q{n % 7}")], "yes", at=n / 10))
-    assert len(threads) == 100
-    assert sum(len(names) for names in threads._by_key.values()) <= 4 * 100
-    threads.add(request("new", [user("q")], "yes", at=1000.0))
-    assert len(threads) == 1
-    assert set(threads._by_key) == set(threads._known["new"].keys)
+        threads.add(request(f"r{n}", [user(f"q{n}")], "yes", at=n))
+        assert len(threads) <= 100
+        for back in (0, 20, 49):
+            assert n < back or threads.find(next_turn(n - back, at=1000.0)) == f"r{n - back}"
+    assert threads.find(next_turn(899, at=1000.0)) is None
+
+
+def test_memory_is_bounded_in_time_and_a_lifetime_is_remembered() -> None:
+    threads = Threads(lifetime=50.0)
+    threads.add(request("old", [user("q1")], "yes", at=0.0))
+    threads.add(request("later", [user("q2")], "yes", at=49.0))
+    threads.add(request("last", [user("q3")], "yes", at=98.0))
+    assert [threads.find(next_turn(n, at=99.0)) for n in (1, 2, 3)] == ["old", "later", "last"]
+    threads.add(request("new", [user("q4")], "yes", at=1000.0))
+    assert [threads.find(next_turn(n, at=1001.0)) for n in (1, 2, 3, 4)] == [None, None, "last", "new"]
+    threads.add(request("newest", [user("q5")], "yes", at=2000.0))
+    assert len(threads) == 2
+
+
+def test_a_request_that_is_told_twice_is_remembered_once() -> None:
+    threads = Threads(limit=4)
+    for n in range(3):
+        threads.add(request(f"r{n}", [user(f"q{n}")], "yes", at=n))
+        threads.add(request("r0", [user("q0")], "yes", at=0.0))
+    assert len(threads) == 3
 
 
 anything = st.recursive(

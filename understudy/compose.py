@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from learner.registry import Registry
 from router.plan import RoutePlan
 from router.policy import Learned, Linear
-from router.store import Store
+from router.recall import JournalAssignments
+from router.store import Assignments, Store
 from router.store_sqlite import SqliteStore
 from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from gateway.admin import Guarded
     from router.controller import Controller
+    from router.store_redis import RedisStore
     from telemetry.otel import Spans
     from telemetry.webhook import Webhook
 
@@ -35,6 +37,18 @@ def open_store(settings: Settings) -> Store:
     path = settings.sqlite_path
     if path is not None:
         return SqliteStore(path)
+    return _redis(settings)
+
+
+def open_shared(settings: Settings) -> tuple[Store, Assignments]:
+    """The store, and which arms sessions have: several machines know it from Redis, one from its own journal."""
+    if settings.sqlite_path is not None:
+        return SqliteStore(settings.sqlite_path), JournalAssignments(settings.journal_path)
+    store = _redis(settings)
+    return store, store
+
+
+def _redis(settings: Settings) -> RedisStore:
     from router.store_redis import RedisStore
 
     return RedisStore(settings.state)
@@ -64,7 +78,7 @@ def build_spans(settings: Settings, dropped: Callable[[int], None] = lambda _: N
     """What sends spans, where there is a collector to send them to."""
     if settings.otel.endpoint is None:
         return None
-    from telemetry.otel import Spans  # costs 0.3 s and 20 MB, and not everyone wants it
+    from telemetry.otel import Spans  # costs time and memory, and not everyone wants it
 
     return Spans(settings.otel.endpoint, dropped)
 
@@ -117,27 +131,31 @@ def build_admin(settings: Settings) -> Guarded:
 def build_gateway(settings: Settings) -> Starlette:
     """One worker's ASGI application."""
     from gateway import app
-    from gateway.proxy import Route
+    from gateway.arms import Route
     from gateway.upstream import Replica, Timeouts
     from router.controller import initial_snapshot
 
+    named = {(one.url, one.api_key) for route in settings.routes.values() for one in route.upstreams}
+    replicas = {one: Replica(*one) for one in named}  # routes that share one share its connections
     routes = {
         name: Route(
             name,
             route.arms,
-            [Replica(upstream.url, upstream.api_key) for upstream in route.upstreams],
+            [replicas[upstream.url, upstream.api_key] for upstream in route.upstreams],
             Timeouts(route.timeouts.connect, route.timeouts.first_byte, route.timeouts.idle),
             route.policy.segment_by if isinstance(route.policy, Learned) else None,
             route.policy.features if isinstance(route.policy, Linear) else (),
         )
         for name, route in settings.routes.items()
     }
+    store, assignments = open_shared(settings)
     return app.build(
         app.Parts(
             routes=routes,
             snapshots={plan.name: initial_snapshot(plan, time.time()) for plan in route_plans(settings)},
             refresh={name: route.policy.refresh for name, route in settings.routes.items()},
-            store=open_store(settings),
+            store=store,
+            assignments=assignments,
             journal=settings.journal_path,
             captures=Captures(
                 Capture(settings.capture.text, settings.capture.redact),

@@ -7,6 +7,7 @@ If the supervisor itself is killed, its children notice and leave.
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import logging
 import multiprocessing
@@ -156,7 +157,9 @@ def _controller(parent: int, config: str) -> None:
     threading.Thread(target=keep_to, args=aging, name="retention", daemon=True).start()
     metrics = Metrics()
     spans, alerts = build_spans(settings, metrics.spans_dropped.inc), Alerts(settings)
-    build_controller(settings, owner, spans.heard if spans else None, alerts.tell).run(stopping)
+    controller = build_controller(settings, owner, spans.heard if spans else None, alerts.tell)
+    gc.freeze()  # what is there by now stays: collections need not look through it again and again
+    controller.run(stopping)
     alerts.close()
     if spans:
         spans.close()

@@ -1,0 +1,136 @@
+"""Which arm a session has: told by the journal where there is one machine, by Redis where there are more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from conftest import eventually
+from redis_server import RedisServer
+
+from router.arms import Choice
+from router.recall import JournalAssignments
+from router.store import REMEMBER_SECONDS, Assignment
+from router.store_redis import RedisStore
+from telemetry.errors import StateError
+from telemetry.events import Answerer, Interaction, new_id
+from telemetry.journal import Journal
+
+A, B = Choice("a", 0.3, 7, "code", True, "thompson", "r-1", 0.2), Choice("b", 0.7, policy="thompson")
+
+
+def fact(route: str, tenant: str, session: str, choice: Choice, at: float) -> Interaction:
+    c = choice
+    by = Answerer(c.arm, "m", None, c.policy, c.snapshot, c.segment, c.propensity, c.holdout, False, c.rollout, c.rival)
+    return Interaction(new_id(), at, new_id(), route, tenant, session, by)
+
+
+class Remembers(Protocol):
+    def recall(self, route: str, tenant: str, session: str, now: float) -> Choice | None: ...
+    def note(self, assignments: Sequence[Assignment], now: float) -> None:
+        """What a gateway does for sessions that draw."""
+
+
+class ByJournal(JournalAssignments):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.journal = Journal(path)
+
+    def note(self, assignments: Sequence[Assignment], now: float) -> None:
+        self.assign(assignments, REMEMBER_SECONDS, now)
+        self.journal.append([fact(*one, now) for one in assignments])
+
+
+class ByRedis(RedisStore):
+    def note(self, assignments: Sequence[Assignment], now: float) -> None:
+        self.assign(assignments, REMEMBER_SECONDS, now)
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(params=["journal", "redis"])
+def known(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Remembers]:
+    if request.param == "journal":
+        journal = ByJournal(tmp_path / "journal.db")
+        yield journal
+        journal.journal.close()
+    else:
+        store = ByRedis(request.getfixturevalue("redis").url)
+        store._redis.flushall()
+        yield store
+        store.close()
+
+
+def test_a_session_is_recalled_with_all_that_was_known_of_its_draw(known: Remembers) -> None:
+    now = time.time()
+    known.note([("r", "t", "s", A), ("r", "t", "z", B), ("other", "t", "s", B)], now)
+    assert known.recall("r", "t", "s", now) == A
+    assert known.recall("r", "t", "z", now) == B
+    assert known.recall("other", "t", "s", now) == B
+    assert known.recall("r", "u", "s", now) is None
+    assert known.recall("more", "t", "s", now) is None
+
+
+def test_names_of_tenants_and_sessions_never_run_together(known: Remembers) -> None:
+    now = time.time()
+    known.note([("r", "a", "b/c", A)], now)
+    assert known.recall("r", "a/b", "c", now) is None
+
+
+def test_the_arm_that_was_drawn_last_counts(known: Remembers) -> None:
+    now = time.time()
+    known.note([("r", "t", "s", A)], now - 60)
+    known.note([("r", "t", "s", B)], now)
+    assert known.recall("r", "t", "s", now) == B
+
+
+def test_many_are_remembered_at_once(known: Remembers) -> None:
+    now = time.time()
+    known.note([], now)
+    known.note([(f"r{n % 3}", "t", f"s{n}", A if n % 2 else B) for n in range(1700)], now)
+    assert all(known.recall(f"r{n % 3}", "t", f"s{n}", now) == (A if n % 2 else B) for n in range(1700))
+
+
+def test_redis_forgets_a_session_in_time(redis: RedisServer) -> None:
+    store = ByRedis(redis.url)
+    store.assign([("r", "t", "s", A)], 0.2, time.time())
+    store.assign([("r", "t", "z", B)], 60.0, time.time())
+    eventually(lambda: store.recall("r", "t", "s", time.time()) is None)
+    assert store.recall("r", "t", "z", time.time()) == B
+    store.close()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[ByJournal]:
+    opened = ByJournal(tmp_path / "journal.db")
+    yield opened
+    opened.journal.close()
+
+
+def test_the_journal_forgets_a_session_in_time(journal: ByJournal) -> None:
+    now = time.time()
+    journal.note([("r", "t", "s", A)], now - REMEMBER_SECONDS - 1)
+    assert journal.recall("r", "t", "s", now) is None
+
+
+@pytest.mark.parametrize("policy", ["pinned", "fallback"])
+def test_who_only_stood_in_or_was_named_is_no_arm_of_the_session(journal: ByJournal, policy: str) -> None:
+    now = time.time()
+    journal.note([("r", "t", "s", A)], now)
+    journal.note([("r", "t", "s", Choice("c", 1.0, policy=policy))], now)
+    assert journal.recall("r", "t", "s", now) == A
+    journal.note([("r", "t", "other", Choice("c", 1.0, policy=policy))], now)
+    assert journal.recall("r", "t", "other", now) is None
+
+
+def test_a_journal_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    assignments: Callable[..., Choice | None] = JournalAssignments(tmp_path / "nowhere" / "journal.db").recall
+    with pytest.raises(StateError, match="its folder must exist"):
+        assignments("r", "t", "s", 0.0)
