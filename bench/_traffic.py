@@ -271,7 +271,7 @@ def request(load: Load, n: int) -> bytes:
         "model": load.model if load.routes == 1 else f"{load.model}-{n % load.routes}",
         "messages": [
             {"role": "system", "content": "You are a helpful assistant. " + WORDS},
-            {"role": "user", "content": f"Question {load.salt}-{n}: {WORDS}What does it count?"},
+            {"role": "user", "content": f"Question {load.shape}-{load.salt}-{n}: {WORDS}What does it count?"},
         ],
         "max_tokens": 128,
         "temperature": 0.7,
