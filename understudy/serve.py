@@ -120,7 +120,10 @@ def _worker(parent: int, config: str, listening: socket.socket) -> None:
     _configure_logging()
     settings = load(config)
     _leave_with(parent)
-    server(settings).run(sockets=[listening])
+    serving = server(settings)
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)  # of what a request leaves, next to nothing needs to be looked for
+    serving.run(sockets=[listening])
 
 
 def server(settings: Settings) -> uvicorn.Server:
