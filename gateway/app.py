@@ -26,7 +26,7 @@ from gateway.auth import TOKEN_KEYS, KeyRing, Pseudonyms, TokenSigner
 from gateway.feedback import Desk
 from gateway.limits import Allowance
 from gateway.listening import PATH as FEEDBACK
-from gateway.listening import Ears, Listening, preflight
+from gateway.listening import Answers, Ears, Listening, preflight
 from gateway.metrics import Metrics
 from gateway.openai import ENDPOINTS, ApiError, error_body
 from gateway.proxy import Proxy
@@ -38,7 +38,7 @@ from router.policy import Reward
 from router.segments import Segmenter
 from router.store import ApiKey, Assignments, Store
 from telemetry.errors import StateError
-from telemetry.events import Interaction, Shadow, Signal
+from telemetry.events import Interaction, Shadow
 from telemetry.journal import Journal
 from telemetry.otlp import Service
 from telemetry.privacy import Captures
@@ -213,16 +213,6 @@ class _Gateway:
         pseudonyms = Pseudonyms(self._known.pseudonyms)
         reader = Journal(parts.journal)
         self._spans = parts.spans(self._metrics.spans_dropped.inc)
-
-        def answers(signal: Signal) -> list[Interaction]:
-            return [fact for _, fact in reader.answers(signal)]
-
-        allowance = Allowance(parts.feedback_per_minute)
-        desk = Desk(self._tokens, pseudonyms, parts.captures, allowance, answers)
-        thread = ThreadPoolExecutor(1, "feedback")
-        ears = Ears(self._keys, desk, self._journal, reader, thread, self._metrics, min(MOST_HEARD, parts.max_body))
-        self._listening = Listening(ears, parts.rewards)
-        self._otlp = otlp.Receiver(ears)
         self._proxy = Proxy(
             parts.routes,
             self._keys,
@@ -235,6 +225,21 @@ class _Gateway:
             providers.ask,
             parts.max_body,
         )
+        thread = ThreadPoolExecutor(1, "feedback")
+        answers = Answers(reader, self._journal)
+        ears = Ears(
+            self._keys,
+            Desk(self._tokens, pseudonyms, parts.captures, Allowance(parts.feedback_per_minute), answers),
+            self._journal,
+            reader,
+            answers,
+            thread,
+            self._proxy.recorder.settle,
+            self._metrics,
+            min(MOST_HEARD, parts.max_body),
+        )
+        self._listening = Listening(ears, parts.rewards)
+        self._otlp = otlp.Receiver(ears)
         behind = [asyncio.create_task(self._keep_up()), asyncio.create_task(self._proxy.replicas.look_on())]
         try:
             yield

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import parse_qs
 
 from gateway.asgi import ClientLeft, Receive, Scope, Send, read_body, send_error, send_json
@@ -25,6 +25,9 @@ from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal
 from telemetry.writer import JournalWriter
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 PATH = "/v1/feedback"
 TOKEN = b"x-understudy-feedback-token"
 
@@ -38,6 +41,30 @@ _PREFLIGHT = [
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
+class Answers:
+    """The answers that a signal is about, those of a moment ago too, whose facts are not on disk yet.
+
+    Belongs to one thread. The writer is hurried at most once for a piece of work, however many answers it asks for.
+    """
+
+    def __init__(self, reader: Journal, writer: JournalWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._hurried = True
+
+    def begin(self) -> None:
+        """A new piece of work begins: what was put since the last one may not be on disk."""
+        self._hurried = False
+
+    def __call__(self, signal: Signal) -> list[Interaction]:
+        """In the order of the journal. Raises `StateError` if it cannot be read."""
+        found = [fact for _, fact in self._reader.answers(signal)]
+        if found or self._hurried:
+            return found
+        self._hurried = True
+        return [fact for _, fact in self._reader.answers(signal)] if self._writer.flush() else []
+
+
 @dataclass(frozen=True, slots=True)
 class Ears:
     """What every way in for signals needs. Facts are looked up in `thread` only, so no request waits for the disk."""
@@ -46,10 +73,23 @@ class Ears:
     desk: Desk
     writer: JournalWriter
     reader: Journal
+    answers: Answers
     thread: ThreadPoolExecutor
+    settle: Callable[[], None]
+    """Puts the facts of what this worker has answered into the writer's queue."""
     metrics: Metrics
     max_body: int
     """Bytes, as sent and unpacked; to read more takes so long that requests would notice."""
+
+    async def look_up(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `work` returns, done in the thread, with every answer to be found that this worker gave before."""
+        self.settle()
+
+        def begin() -> T:
+            self.answers.begin()
+            return work(*args, **kwargs)
+
+        return await asyncio.get_running_loop().run_in_executor(self.thread, begin)
 
     def caller(self, headers: Mapping[bytes, bytes]) -> Caller:
         """Who speaks, for the tenant that it speaks for. Raises `ApiError` 401."""
@@ -77,10 +117,9 @@ class Listening:
     async def post(self, scope: Scope, receive: Receive, send: Send) -> None:
         """202 once all that was accepted is on disk; a single bad item, or nothing but bad ones, is an error."""
         headers = dict(scope["headers"])
-        loop = asyncio.get_running_loop()
         try:
             sent = await read_body(headers, receive, self._ears.max_body)
-            items, judged = await loop.run_in_executor(self._ears.thread, self._judge, sent, headers, time.time())
+            items, judged = await self._ears.look_up(self._judge, sent, headers, time.time())
             problems = [p for p in judged if isinstance(p, Problem)]
             signals = [s for s in judged if isinstance(s, Signal)]
             if problems and not signals:
@@ -132,10 +171,8 @@ class Listening:
         """
         name = scope["path"][len(PATH) + 1 :]
         text = parse_qs(scope["query_string"].decode("latin-1")).get("text", ["0"])[-1] in ("1", "true")
-        loop = asyncio.get_running_loop()
         try:
-            work = (name, dict(scope["headers"]), text, time.time())
-            found = await loop.run_in_executor(self._ears.thread, self._summary, *work)
+            found = await self._ears.look_up(self._summary, name, dict(scope["headers"]), text, time.time())
         except ApiError as error:
             await send_error(send, error, ANY_ORIGIN)
         except StateError as error:

@@ -7,7 +7,6 @@ cannot be taken is counted and named in a partial success, which senders do not 
 
 from __future__ import annotations
 
-import asyncio
 import time
 import zlib
 from dataclasses import dataclass
@@ -58,8 +57,7 @@ class Receiver:
                 raise ApiError(415, "send application/x-protobuf or application/json")
             caller = self._ears.caller(headers)
             body = await read_body(headers, receive, self._ears.max_body)
-            work = (service, encoding, packing, body, caller, time.time())
-            taken = await asyncio.get_running_loop().run_in_executor(self._ears.thread, self._take, *work)
+            taken = await self._ears.look_up(self._take, service, encoding, packing, body, caller, time.time())
             await self._ears.keep(taken.signals)
         except ApiError as error:
             await _refuse(send, encoding, error)
@@ -108,7 +106,7 @@ class Receiver:
         """The signal by its answer's own name, where one answer of its trace has such a span: others may follow."""
         if signal.trace_id is None or not spans:
             return signal
-        answers = [fact for _, fact in self._ears.reader.answers(signal)]
+        answers = self._ears.answers(signal)
         named = [fact for fact in answers if fact.span_id in spans] or [
             fact for fact in answers if fact.parent_span_id in spans
         ]

@@ -60,14 +60,29 @@ class JournalWriter:
         """Return when `facts` are on disk; StateUnavailable after `timeout` (or `PATIENCE`) seconds without that."""
         if len(self._queue) >= self._limit:
             raise StateUnavailable(f"the journal's queue is full: {self.failing or 'the disk is too slow'}")
-        done: Future[None] = Future()
-        self._queue.append(([row(fact) for fact in facts], done))
-        self._hurry.set()
-        self._wake.set()
+        done = self._put_in_a_hurry([row(fact) for fact in facts])
         try:
             await asyncio.wait_for(asyncio.wrap_future(done), self.PATIENCE if timeout is None else timeout)
         except TimeoutError:
             raise StateUnavailable(f"the journal cannot be written: {self.failing or 'too slow'}") from None
+
+    def flush(self, timeout: float = 0.5) -> bool:
+        """Wait until all that was put is on disk; False if it is not after `timeout` seconds. Not for event loops."""
+        if self.failing is not None:
+            return False
+        done = self._put_in_a_hurry([])
+        try:
+            done.result(timeout)
+        except TimeoutError:
+            return not done.cancel()
+        return True
+
+    def _put_in_a_hurry(self, rows: list[Row]) -> Future[None]:
+        done: Future[None] = Future()
+        self._queue.append((rows, done))
+        self._hurry.set()
+        self._wake.set()
+        return done
 
     def close(self, timeout: float = 10.0) -> None:
         """Write all that is queued, then stop."""

@@ -143,6 +143,17 @@ def test_a_body_that_is_no_feedback_is_a_400(gateway: MakeGateway, fake: FakeVll
     assert said.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_an_answer_is_known_at_once(gateway: MakeGateway, fake: FakeVllm) -> None:
+    gw = gateway(fake)
+    for n in range(10):
+        answer, _ = answered(gw, str(n))
+        assert gw.http.get(f"/v1/feedback/{answer}").status_code == 200
+        answer, _ = answered(gw, str(n))
+        correction = {"kind": "correction", "response_id": answer, "text": f"better {n}"}
+        assert gw.http.post("/v1/feedback", json=correction).status_code == 202
+    assert [s.text for s in gw.signals() if s.kind == "correction"] == [f"better {n}" for n in range(10)]
+
+
 def test_too_many_items_are_a_413(gateway: MakeGateway, fake: FakeVllm) -> None:
     assert gateway(fake).feedback([{"response_id": "x", "kind": "copy"}] * 1001).status_code == 413
 
