@@ -15,8 +15,10 @@ from pathlib import Path
 from router.controller import matured
 from router.policy import Reward
 from router.store_sqlite import SqliteStore
+from telemetry import by_session
 from telemetry.events import Answerer, Interaction, encode
-from telemetry.journal import COLUMNS, Journal
+from telemetry.journal import Journal
+from telemetry.schema import COLUMNS
 
 TENANT = "default"
 DAY = 86400.0
@@ -27,6 +29,7 @@ def fill_journal(path: Path, rows: int) -> None:
     db = _opened(path)
     marks = ", ".join("?" * len(COLUMNS.split(",")))
     _in_bulk(db, "facts", f"INSERT INTO facts ({COLUMNS}) VALUES ({marks})", _facts(rows))
+    by_session.fill(db)
     for name in ("journal", matured(Reward().window)):
         db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, rows))
     db.close()

@@ -224,7 +224,7 @@ def compare(bench: Bench, variants: list[Variant]) -> dict[str, list[Cost]]:
         lean = [replace(variant, admin=False) for variant in variants]
         targets = start_together(lean, bench.upstream, bench.folder, stack)
         for target, variant in zip(targets, variants, strict=True):
-            warm = max(100 if options.quick else 1000, 5 * target.routes)
+            warm = max(100 if options.quick else 10_000, 5 * target.routes)  # a large journal is slow at first
             bench.run(load_of(target, "unary", options.seen if variant.name == "sessions" else warm, "w"))
             if not options.quick:
                 target.settle()

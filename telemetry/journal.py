@@ -9,19 +9,18 @@ import logging
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
 
+from telemetry import by_session
 from telemetry.events import (
     ELSEWHERE,
     REPLACED,
     Decision,
     Fact,
     Interaction,
-    Shadow,
     Signal,
     answer_name,
     decode,
@@ -29,57 +28,17 @@ from telemetry.events import (
     names_of,
     skim,
 )
-from telemetry.sqlite import BUSY_SECONDS, connect, transaction, translated
+from telemetry.schema import COLUMNS, MIGRATIONS, Row, row
+from telemetry.sqlite import BUSY_SECONDS, connect, insert, transaction, translated
 
 log = logging.getLogger("understudy.journal")
 
-MIGRATIONS = [
-    """
-    CREATE TABLE facts (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
-        event_id TEXT NOT NULL,
-        type TEXT NOT NULL,
-        at REAL NOT NULL,
-        tenant TEXT NOT NULL,
-        route TEXT,
-        session TEXT,
-        request_id TEXT,
-        response_id TEXT,
-        trace_id TEXT,
-        body BLOB NOT NULL
-    );
-    CREATE INDEX facts_session ON facts (tenant, session) WHERE session IS NOT NULL;
-    CREATE INDEX facts_request ON facts (request_id) WHERE request_id IS NOT NULL;
-    CREATE INDEX facts_response ON facts (response_id) WHERE response_id IS NOT NULL;
-    CREATE INDEX facts_trace ON facts (trace_id) WHERE trace_id IS NOT NULL;
-    CREATE INDEX facts_event ON facts (event_id);
-    CREATE INDEX facts_at ON facts (at)
-    """,
-    "CREATE TABLE known (name TEXT PRIMARY KEY, value BLOB NOT NULL)",
-    # Each index costs each request; these two are needed for signals only, or not at all (times follow seq).
-    """
-    DROP INDEX facts_event;
-    DROP INDEX facts_at;
-    CREATE INDEX facts_event ON facts (event_id) WHERE type = 'signal'
-    """,
-    # With the type in the index, signals are sought without a look at the requests of the same name.
-    """
-    DROP INDEX facts_session;
-    DROP INDEX facts_trace;
-    CREATE INDEX facts_session ON facts (tenant, session, type) WHERE session IS NOT NULL;
-    CREATE INDEX facts_trace ON facts (trace_id, type) WHERE trace_id IS NOT NULL
-    """,
-    "CREATE TABLE text_reads (at REAL NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL)",
-    "CREATE INDEX facts_decision ON facts (seq) WHERE type = 'decision'",
-]
-
-COLUMNS = "event_id, type, at, tenant, route, session, request_id, response_id, trace_id, body"
-Row = tuple[object, ...]
-
+OF_SESSION = (
+    f"WHERE seq IN (SELECT seq FROM {by_session.FACTS} WHERE key = ?)"
+    " AND tenant = ? AND session = ? AND type = 'interaction'"
+)
 AT_MOST = 500
 """Parameters of one question; SQLite takes some thousand."""
-AT_ONCE = 64
-"""Rows of one INSERT. Each statement lets go of Python's lock and must win it back from the event loop."""
 
 
 class Journal:
@@ -88,6 +47,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._db = connect(path, "journal", MIGRATIONS, durable=True)
+        by_session.prepare(self._db)
+        self._by_session = by_session.Writing()
 
     def close(self) -> None:
         self._db.close()
@@ -99,13 +60,16 @@ class Journal:
     def write(self, rows: list[Row]) -> None:
         """`append`, of facts that are rows already."""
         with translated(self.path), transaction(self._db):
-            while rows:
-                size = AT_ONCE
-                while size > len(rows):
-                    size //= 2
-                part, rows = rows[:size], rows[size:]
-                marks = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * size)
-                self._db.execute(f"INSERT INTO facts ({COLUMNS}) VALUES {marks}", list(chain.from_iterable(part)))
+            last = insert(self._db, f"INSERT INTO facts ({COLUMNS}) VALUES", len(rows[0]) if rows else 0, rows)
+            first = last - len(rows) + 1  # nobody else writes meanwhile
+            self._by_session.add(
+                self._db,
+                [
+                    (by_session.key_of(tenant, session, kind), seq)
+                    for seq, (_, kind, _, tenant, _, session, *_) in enumerate(rows, first)
+                    if session is not None
+                ],
+            )
 
     def read(self, after: int = 0, limit: int = 1000, *, unread: bool = False) -> list[tuple[int, Fact]]:
         """Up to `limit` facts in the order of arrival, each with its sequence number (> `after`).
@@ -121,7 +85,9 @@ class Journal:
         """
         question = (
             "SELECT seq, body,"
-            " EXISTS (SELECT 1 FROM facts WHERE tenant = one.tenant AND session = one.session AND seq <> one.seq)"
+            f" EXISTS (SELECT 1 FROM {by_session.FACTS} AS other"
+            " WHERE other.key = session_key(one.tenant, one.session, 'interaction') AND other.seq <> one.seq)"
+            f" OR EXISTS (SELECT 1 FROM {by_session.FACTS} WHERE key = session_key(one.tenant, one.session, 'signal'))"
             " OR EXISTS (SELECT 1 FROM facts WHERE trace_id = one.trace_id AND type = 'signal')"
             " OR EXISTS (SELECT 1 FROM facts WHERE response_id = one.request_id AND type = 'signal')"
             " FROM facts AS one WHERE seq > ? ORDER BY seq LIMIT ?"
@@ -185,15 +151,13 @@ class Journal:
 
     def interactions_of(self, tenant: str, session: str) -> list[tuple[int, Interaction]]:
         """A session's requests on all routes, oldest first."""
-        rows = self._select(
-            "WHERE tenant = ? AND session = ? AND type = 'interaction' ORDER BY at, seq", (tenant, session)
-        )
+        rows = self._select(f"{OF_SESSION} ORDER BY at, seq", _session(tenant, session))
         return [(seq, fact) for seq, fact in rows if isinstance(fact, Interaction)]
 
     def latest(self, tenant: str, session: str, route: str, limit: int = 16) -> list[Interaction]:
         """A session's last requests on a route, newest first."""
-        where = "WHERE tenant = ? AND session = ? AND type = 'interaction' AND route = ? ORDER BY seq DESC LIMIT ?"
-        rows = self._select(where, (tenant, session, route, limit))
+        where = f"{OF_SESSION} AND route = ? ORDER BY seq DESC LIMIT ?"
+        rows = self._select(where, (*_session(tenant, session), route, limit))
         return [fact for _, fact in rows if isinstance(fact, Interaction)]
 
     def answers(self, signal: Signal) -> list[tuple[int, Interaction]]:
@@ -228,23 +192,14 @@ class Journal:
         `unread`: as `read` has it.
         """
         facts = dict(known)
-        places: list[tuple[int, tuple[str, str]]] = []
-        with translated(self.path):
-            for tenant, names in _by_tenant(keys):
-                marks = ", ".join("?" * len(names))  # answered by the index alone
-                where = (
-                    f"SELECT seq, session FROM facts WHERE tenant = ? AND session IN ({marks}) AND type = 'interaction'"
-                )
-                places += [(seq, (tenant, name)) for seq, name in self._db.execute(where, (tenant, *names))]
-        missing = [seq for seq, _ in places if seq not in facts]
-        for start in range(0, len(missing), AT_MOST):
-            part = missing[start : start + AT_MOST]
-            where = f"WHERE seq IN ({', '.join('?' * len(part))})"
-            facts |= dict(self._select(where, tuple(part), skim if unread else decode))
+        wanted = set(keys)
+        places = self._places(wanted, "interaction")
+        missing = [seq for seq in places if seq not in facts]
+        facts |= dict(self._at(missing, skim if unread else decode))
         found: dict[tuple[str, str], list[tuple[int, Interaction]]] = {}
-        for seq, key in places:
-            fact = facts[seq]
-            if isinstance(fact, Interaction):
+        for seq in places:
+            fact = facts.get(seq)
+            if isinstance(fact, Interaction) and (key := (fact.tenant, fact.session)) in wanted:
                 found.setdefault(key, []).append((seq, fact))
         for requests in found.values():
             requests.sort(key=lambda row: (row[1].at, row[0]))
@@ -252,14 +207,18 @@ class Journal:
 
     def signals_about(self, interactions: Iterable[Interaction]) -> list[tuple[int, Signal]]:
         """Every signal about one of `interactions`, by answer, by trace or by session, in order of arrival."""
-        about: dict[str, dict[tuple[str, str], None]] = {"response_id": {}, "trace_id": {}, "session": {}}
+        about: dict[str, dict[tuple[str, str], None]] = {"response_id": {}, "trace_id": {}}
+        sessions = set[tuple[str, str]]()
         for i in interactions:
             about["response_id"] |= {(i.tenant, name): None for name in names_of(i)}
             about["trace_id"] |= {(i.tenant, i.trace_id): None} if i.trace_id else {}
-            about["session"][i.tenant, i.session] = None
+            sessions.add((i.tenant, i.session))
         found: dict[int, Signal] = {}
         for column, keys in about.items():
             found |= {seq: fact for seq, fact in self._about("signal", column, keys) if isinstance(fact, Signal)}
+        for seq, fact in self._at(self._places(sessions, "signal")):
+            if isinstance(fact, Signal) and (fact.tenant, fact.session) in sessions:
+                found[seq] = fact
         return sorted(found.items())
 
     def heard_about(self, interactions: Iterable[Interaction], end: int = 2**62) -> list[tuple[int, Signal]]:
@@ -351,9 +310,7 @@ class Journal:
         """The facts of a kind whose (tenant, `column`) is one of `keys`."""
         for tenant, names in _by_tenant(keys):
             marks = ", ".join("?" * len(names))
-            # "+" keeps the planner from the index on (tenant, session) where `column` has its own.
-            own = "tenant" if column == "session" else "+tenant"
-            where = f"WHERE {own} = ? AND {column} IN ({marks}) AND type = ?"
+            where = f"WHERE tenant = ? AND {column} IN ({marks}) AND type = ?"
             yield from self._select(where, (tenant, *names, kind))
 
     def recent(self, since: float, limit: int = 100_000) -> list[tuple[int, Fact]]:
@@ -428,6 +385,24 @@ class Journal:
         with translated(self.path):
             return dict(self._db.execute("SELECT type, COUNT(*) FROM facts GROUP BY type").fetchall())
 
+    def _places(self, keys: Iterable[tuple[str, str]], kind: str) -> list[int]:
+        """The sequence numbers of a kind's facts of each (tenant, session), and seldom of others."""
+        wanted = [by_session.key_of(tenant, session, kind) for tenant, session in keys]
+        found: list[int] = []
+        with translated(self.path):
+            for start in range(0, len(wanted), AT_MOST):
+                part = wanted[start : start + AT_MOST]
+                where = f"SELECT seq FROM {by_session.FACTS} WHERE key IN ({', '.join('?' * len(part))})"
+                found += [seq for (seq,) in self._db.execute(where, part)]
+        return found
+
+    def _at(self, places: Sequence[int], decoded: Callable[[bytes], Fact] = decode) -> list[tuple[int, Fact]]:
+        found: list[tuple[int, Fact]] = []
+        for start in range(0, len(places), AT_MOST):
+            part = tuple(places[start : start + AT_MOST])
+            found += self._select(f"WHERE seq IN ({', '.join('?' * len(part))})", part, decoded)
+        return found
+
     def _select(
         self, where: str, values: tuple[object, ...], decoded: Callable[[bytes], Fact] = decode
     ) -> list[tuple[int, Fact]]:
@@ -458,6 +433,11 @@ def _not_about(signal: Signal, answer: Interaction) -> Signal:
     return replace(signal, kind=ELSEWHERE, event_id=event_id, response_id=answer.request_id)
 
 
+def _session(tenant: str, session: str) -> tuple[object, ...]:
+    """The values of `OF_SESSION`."""
+    return by_session.key_of(tenant, session, "interaction"), tenant, session
+
+
 def _by_tenant(keys: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
     """(tenant, name) pairs by tenant, at most `AT_MOST` names at once."""
     by_tenant: dict[str, list[str]] = {}
@@ -472,26 +452,3 @@ def meant(answers: Sequence[Interaction], at: float) -> Interaction:
     """Of the answers in a trace (one at least, in any order) the one that was meant at a time: the last one then."""
     then = [answer for answer in answers if answer.at <= at]
     return max(then, key=lambda answer: answer.at) if then else min(answers, key=lambda answer: answer.at)
-
-
-def row(fact: Fact) -> Row:
-    """A fact as the table `facts` keeps it, in the order of `COLUMNS`."""
-    body = encode(fact)
-    if isinstance(fact, Interaction):
-        return (
-            fact.event_id, "interaction", fact.at, fact.tenant, fact.route, fact.session,
-            fact.request_id, _foreign(fact), fact.trace_id, body,
-        )  # fmt: skip
-    if isinstance(fact, Signal):
-        return (
-            fact.event_id, "signal", fact.at, fact.tenant, None, fact.session,
-            None, fact.response_id, fact.trace_id, body,
-        )  # fmt: skip
-    kind = "shadow" if isinstance(fact, Shadow) else "decision"
-    return fact.event_id, kind, fact.at, fact.tenant, fact.route, None, None, None, None, body
-
-
-def _foreign(fact: Interaction) -> str | None:
-    """The answer's id if it cannot be found by our request id."""
-    name = answer_name(fact.response_id) if fact.response_id is not None else None
-    return name if name != fact.request_id else None

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from telemetry.errors import StateError, StateLocked, StateReadOnly, StateUnavailable, StateVersion
 
 BUSY_SECONDS = 5.0
+AT_ONCE = 64
+"""Rows of one INSERT."""
+
+Migration = str | Callable[[sqlite3.Connection], None]
+"""Statements, or what runs them where SQL alone cannot say it."""
 
 
 @contextmanager
@@ -39,7 +45,7 @@ def translated(path: Path) -> Iterator[None]:
         raise StateError(f"{path}: not a state file of understudy ({error}); move it away or name another") from error
 
 
-def connect(path: Path, owner: str, migrations: Sequence[str], *, durable: bool = False) -> sqlite3.Connection:
+def connect(path: Path, owner: str, migrations: Sequence[Migration], *, durable: bool = False) -> sqlite3.Connection:
     """Open `path`, bring `owner`'s tables up to the last of `migrations`, and return an autocommit connection.
 
     `durable` syncs each commit to disk (journal); otherwise the operating system decides (caches).
@@ -50,7 +56,7 @@ def connect(path: Path, owner: str, migrations: Sequence[str], *, durable: bool 
         try:
             _to_wal(db)
             db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages: hot ones are rewritten often, copy them seldom
-            db.execute("PRAGMA cache_size = -16384")  # KiB: the ends of all indexes stay in memory
+            db.execute("PRAGMA cache_size = -8192")  # KiB: the ends of all indexes stay in memory
             db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             _migrate(db, path, owner, migrations)
         except BaseException:
@@ -75,7 +81,7 @@ def _to_wal(db: sqlite3.Connection) -> None:
             time.sleep(0.01)
 
 
-def _migrate(db: sqlite3.Connection, path: Path, owner: str, migrations: Sequence[str]) -> None:
+def _migrate(db: sqlite3.Connection, path: Path, owner: str, migrations: Sequence[Migration]) -> None:
     with transaction(db):
         db.execute("CREATE TABLE IF NOT EXISTS schema_version (owner TEXT PRIMARY KEY, version INTEGER NOT NULL)")
         row = db.execute("SELECT version FROM schema_version WHERE owner = ?", (owner,)).fetchone()
@@ -85,10 +91,30 @@ def _migrate(db: sqlite3.Connection, path: Path, owner: str, migrations: Sequenc
                 f"{path}: its {owner} has version {version}, this understudy knows up to {len(migrations)}; "
                 "upgrade understudy, or name another state file"
             )
-        for statements in migrations[version:]:
-            for statement in filter(str.strip, statements.split(";")):
+        for migration in migrations[version:]:
+            if callable(migration):
+                migration(db)
+                continue
+            for statement in filter(str.strip, migration.split(";")):
                 db.execute(statement)
         db.execute("INSERT OR REPLACE INTO schema_version VALUES (?, ?)", (owner, len(migrations)))
+
+
+def insert(db: sqlite3.Connection, into: str, columns: int, rows: Sequence[tuple[object, ...]]) -> int:
+    """Run `into` ("INSERT INTO … VALUES") for all rows; the last one's rowid, 0 where there is none.
+
+    Many rows a statement, for each lets go of Python's lock and must win it back from the event loop; of few sizes,
+    so that SQLite compiles each once.
+    """
+    mark, last, start = f"({', '.join('?' * columns)})", 0, 0
+    while start < len(rows):
+        size = AT_ONCE
+        while size > len(rows) - start:
+            size //= 2
+        values = list(chain.from_iterable(rows[start : start + size]))
+        last = db.execute(f"{into} {', '.join([mark] * size)}", values).lastrowid or 0
+        start += size
+    return last
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from telemetry.errors import StateError, StateUnavailable
 from telemetry.events import Fact
-from telemetry.journal import Journal, Row, row
+from telemetry.journal import Journal
+from telemetry.schema import Row, row
 
 
 class JournalWriter:

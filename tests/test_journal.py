@@ -18,7 +18,8 @@ from conftest import eventually
 
 from telemetry.errors import StateUnavailable
 from telemetry.events import Answerer, Interaction, Signal, encode, new_id
-from telemetry.journal import MIGRATIONS, Journal
+from telemetry.journal import Journal
+from telemetry.schema import MIGRATIONS
 from telemetry.writer import JournalWriter
 
 ARM = Answerer("champion", "base")

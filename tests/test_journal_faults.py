@@ -20,7 +20,8 @@ from conftest import eventually
 
 from telemetry.errors import StateError, StateReadOnly, StateUnavailable, StateVersion
 from telemetry.events import Answerer, Fact, Interaction, Signal, Thread, encode
-from telemetry.journal import MIGRATIONS, Journal
+from telemetry.journal import Journal
+from telemetry.schema import MIGRATIONS
 from telemetry.sqlite import connect, transaction
 from telemetry.wording import turns
 from telemetry.writer import JournalWriter
@@ -356,6 +357,7 @@ def test_a_journal_of_an_older_version_is_upgraded_and_loses_nothing(path: Path,
     for attempt in range(2):
         with contextlib.closing(Journal(path)) as journal:
             assert names(journal.answers(vote("v", response_id="gen-1"))) == ["old"][:version]
+            assert names(journal.interactions_of("acme", "s1")) == ["old"][:version]
             journal.append([vote(f"v{attempt}")])
             assert journal.event("acme", f"v{attempt}")
             journal.know("name", b"value")
