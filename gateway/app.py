@@ -234,7 +234,7 @@ class _Gateway:
             reader,
             answers,
             thread,
-            self._proxy.recorder.settle,
+            self._proxy.recorder,
             self._metrics,
             min(MOST_HEARD, parts.max_body),
         )
@@ -374,9 +374,9 @@ class _Gateway:
 
     async def metrics_page(self, scope: Scope, receive: Receive, send: Send) -> None:
         m = self._metrics
-        self._proxy.recorder.settle()
+        await self._proxy.recorder.settled(0.0)
         m.flush()
-        m.journal_waiting.set(len(self._journal))
+        m.journal_waiting.set(len(self._journal) + len(self._proxy.recorder))
         m.journal_dropped.set(self._journal.dropped)
         m.snapshot_age.set(time.monotonic() - self._sessions.store_seen)
         for name, snapshot in self._sessions.snapshots.items():

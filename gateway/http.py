@@ -46,6 +46,8 @@ class _Protocol(HttpToolsProtocol):
         self._unparsed = 0
         self._parsed = 0
         self._too_large = False
+        self.running: RequestResponseCycle | None = None
+        """Of pipelined requests the one that is answered; `cycle` is the last one that came."""
         self.told: Callable[[], None] | None = None
         """Whom to tell when the client leaves."""
         self.on_full: Callable[[bool], None] | None = None
@@ -58,6 +60,8 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self.running is not None:
+            self.running.disconnected = True
         for timer in (self._head_timer, self._stall_timer):
             if timer is not None:
                 timer.cancel()
@@ -119,7 +123,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self.running = cycle  # of pipelined requests `self.cycle` is the last one that came
+        self.running = cycle
         super()._start_asgi_task(cycle, app)
 
     def _client(self) -> Client:
@@ -151,7 +155,8 @@ class Client:
     def __init__(self, protocol: _Protocol) -> None:
         self._protocol = protocol
         self._transport = protocol.transport
-        self._cycle: RequestResponseCycle = protocol.running
+        assert protocol.running is not None
+        self._cycle = protocol.running
         self._head = b""
 
     @property

@@ -18,9 +18,10 @@ from gateway.auth import Caller, KeyRing, tenant_of
 from gateway.feedback import Desk, Item, Problem, forbidden, read_items, to_signal
 from gateway.metrics import Metrics
 from gateway.openai import ApiError
+from gateway.recorder import Recorder
 from gateway.summary import summary
 from router.policy import Reward
-from telemetry.errors import StateError, UnderstudyError
+from telemetry.errors import StateError, StateUnavailable, UnderstudyError
 from telemetry.events import Interaction, Signal
 from telemetry.journal import Journal
 from telemetry.writer import JournalWriter
@@ -44,25 +45,33 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 class Answers:
     """The answers that a signal is about, those of a moment ago too, whose facts are not on disk yet.
 
-    Belongs to one thread. The writer is hurried at most once for a piece of work, however many answers it asks for.
+    Belongs to one thread. The writer is hurried at most once for a piece of work, however many answers it asks for, and
+    not again soon after it could not write: others wait in this thread.
     """
+
+    PATIENCE, PAUSE = 0.5, 1.0
+    """Seconds."""
 
     def __init__(self, reader: Journal, writer: JournalWriter) -> None:
         self._reader = reader
         self._writer = writer
         self._hurried = True
+        self._next = 0.0
 
     def begin(self) -> None:
         """A new piece of work begins: what was put since the last one may not be on disk."""
         self._hurried = False
 
     def __call__(self, signal: Signal) -> list[Interaction]:
-        """In the order of the journal. Raises `StateError` if it cannot be read."""
+        """In the order of the journal. Raises `StateError` if it cannot be read, or not be brought up to date."""
         found = [fact for _, fact in self._reader.answers(signal)]
-        if found or self._hurried:
+        if self._hurried or (found and signal.response_id):  # a trace or a session may have more
             return found
+        if time.monotonic() < self._next or not self._writer.flush(self.PATIENCE):
+            self._next = time.monotonic() + self.PAUSE
+            raise StateUnavailable(f"the journal cannot be written: {self._writer.failing or 'too slow'}")
         self._hurried = True
-        return [fact for _, fact in self._reader.answers(signal)] if self._writer.flush() else []
+        return [fact for _, fact in self._reader.answers(signal)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +84,14 @@ class Ears:
     reader: Journal
     answers: Answers
     thread: ThreadPoolExecutor
-    settle: Callable[[], None]
-    """Puts the facts of what this worker has answered into the writer's queue."""
+    recorder: Recorder
     metrics: Metrics
     max_body: int
     """Bytes, as sent and unpacked; to read more takes so long that requests would notice."""
 
     async def look_up(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `work` returns, done in the thread, with every answer to be found that this worker gave before."""
-        self.settle()
+        await self.recorder.settled(Answers.PATIENCE)
 
         def begin() -> T:
             self.answers.begin()

@@ -264,8 +264,8 @@ def _around(event: bytes, word: str) -> tuple[bytes, bytes] | None:
     """What stands before and after the word of an event that says nothing else, if it is written as we would."""
     before, _, after = event.partition(msgspec.json.encode(word))
     try:
-        data = sse_data(before + b'"\\u0000"' + after) or b""
-        same = _only_a_word(_body.decode(data)) == "\0"  # the same letters may stand elsewhere in it
+        data = sse_data(before + msgspec.json.encode(word + "\0") + after) or b""
+        same = _only_a_word(_body.decode(data)) == word + "\0"  # the same letters may stand elsewhere in it
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return (before, after) if same else None

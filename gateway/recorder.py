@@ -1,7 +1,8 @@
 """What a request leaves: one `Interaction` fact to the journal's queue, made after its last byte.
 
 Facts are made a few at a time: what is made together costs less, and no answer waits for it. They are made on the event
-loop, but for large ones, which would hold up everybody, in a thread.
+loop, which is never held for long, but large ones in a thread. Where that falls behind they are made on the loop after
+all, so that callers wait and memory does not fill.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from gateway.asgi import count
 from gateway.auth import Pseudonyms
@@ -26,7 +27,7 @@ from gateway.visit import COPY_LIMIT, Errand, Visit
 from router.arms import Choice
 from router.policy import Arm
 from telemetry.events import Answerer, Interaction, Shadow, new_id
-from telemetry.privacy import Captures
+from telemetry.privacy import Capture, Captures, Kept
 from telemetry.threads import thread_of
 
 log = logging.getLogger("understudy.gateway")
@@ -34,8 +35,14 @@ log = logging.getLogger("understudy.gateway")
 SOON = 0.01
 """Seconds that a request which ended may wait for others to be recorded with."""
 TOGETHER = 32
+TURN = 0.002
+"""Seconds after which others have a turn on the event loop."""
 LARGE = 256 * 1024
 """Bytes of a prompt and its answer that are not read on the event loop: a millisecond's work."""
+MASKING = 64
+"""Bytes that are read as fast as one is masked."""
+BEHIND = 32 * 1024 * 1024
+"""Bytes that may wait for the thread."""
 SHALLOW = 256
 """Brackets of a body that cannot be nested too deep for the journal's readers, whichever way they stand."""
 
@@ -56,29 +63,37 @@ class Recorder:
         self._metrics = metrics
         self._journal = journal
         self._shadows = shadows
-        self._ended: list[tuple[Visit, Errand]] = []
+        self._ended: deque[tuple[Visit, Errand]] = deque()
+        self._turn = False
+        """One is coming."""
+        self._closed = False
         self._large: set[asyncio.Future[Interaction]] = set()
+        self._behind = 0
         self._thread = ThreadPoolExecutor(1, "large-facts")
 
     def ended(self, visit: Visit, errand: Errand) -> None:
         """Nothing more will come of this request."""
         visit.duration = time.perf_counter() - visit.started
+        if self._closed:
+            self.record(visit, errand)
+            return
         self._ended.append((visit, errand))
-        if len(self._ended) >= TOGETHER:
-            self.settle()
-        elif len(self._ended) == 1:
-            asyncio.get_running_loop().call_later(SOON, self.settle)
+        if len(self._ended) == TOGETHER:
+            self._take_turn()
+        elif not self._turn:
+            self._turn = True
+            asyncio.get_running_loop().call_later(SOON, self._take_turn)
 
-    def settle(self) -> None:
-        """Make the facts of all requests that have ended."""
-        ended, self._ended = self._ended, []
-        for visit, errand in ended:
-            if visit.copied + len(prompt_in(errand.fields) or b"") < LARGE:
-                self.record(visit, errand)
-            else:
-                making = asyncio.get_running_loop().run_in_executor(self._thread, self._fact, visit, errand)
-                self._large.add(making)
-                making.add_done_callback(partial(self._leave_large, visit, errand))
+    def __len__(self) -> int:
+        """Facts that are still to be made."""
+        return len(self._ended) + len(self._large)
+
+    async def settled(self, seconds: float | None = None) -> None:
+        """Until the facts of all requests that have ended are made, large ones for so long at most."""
+        while self._ended:
+            self._make(*self._ended.popleft())
+        if self._large:
+            await asyncio.wait(self._large, timeout=seconds)
 
     def record(self, visit: Visit, errand: Errand) -> None:
         """Make the fact of a request now, and leave it."""
@@ -86,14 +101,36 @@ class Recorder:
 
     async def close(self) -> None:
         """Until all facts are made."""
-        self.settle()
-        while self._large:
-            await asyncio.wait(self._large)
+        self._closed = True
+        await self.settled()
         self._thread.shutdown()
 
-    def _leave_large(self, visit: Visit, errand: Errand, made: asyncio.Future[Interaction]) -> None:
+    def _take_turn(self) -> None:
+        until = time.perf_counter() + TURN
+        while self._ended and time.perf_counter() < until:
+            self._make(*self._ended.popleft())
+        self._turn = bool(self._ended)
+        if self._turn:
+            asyncio.get_running_loop().call_soon(self._take_turn)
+
+    def _make(self, visit: Visit, errand: Errand) -> None:
+        size = visit.copied + len(prompt_in(errand.fields) or b"")
+        quick = size < LARGE // MASKING or (size < LARGE and self._capture(errand).text != "redacted")
+        if quick or self._behind + size > BEHIND:
+            self.record(visit, errand)
+        else:
+            making = asyncio.get_running_loop().run_in_executor(self._thread, self._fact, visit, errand)
+            self._large.add(making)
+            self._behind += size
+            making.add_done_callback(partial(self._leave_large, visit, errand, size))
+
+    def _leave_large(self, visit: Visit, errand: Errand, size: int, made: asyncio.Future[Interaction]) -> None:
         self._large.discard(made)
+        self._behind -= size
         self._leave(visit, errand, made.result)
+
+    def _capture(self, errand: Errand) -> Capture:
+        return self._captures.of(errand.route.name, errand.who.tenant, errand.who.metadata.consent)
 
     def _leave(self, visit: Visit, errand: Errand, made: Callable[[], Interaction]) -> None:
         try:
@@ -118,8 +155,10 @@ class Recorder:
             error = "upstream_error" if answer.failed else "upstream_garbage"
         messages, asked = _readable(prompt_in(errand.fields))
         said = who.metadata
-        capture = self._captures.of(route.name, who.tenant, said.consent)
-        kept, redacted = capture.keep(messages, answer.text, answer.tool_calls)
+        try:
+            kept, redacted = self._capture(errand).keep(messages, answer.text, answer.tool_calls)
+        except RecursionError:  # nested too deep to be masked
+            kept, redacted = Kept(), ("off",)
         return Interaction(
             event_id=new_id(),
             at=visit.at,
@@ -139,6 +178,7 @@ class Recorder:
                 recalled=recalled,
                 rollout=choice.rollout,
                 rival=choice.rival,
+                unopposed=_unopposed(choice, errand),
             ),
             endpoint=visit.endpoint,
             response_id=answer.id,
@@ -181,13 +221,16 @@ class Recorder:
 
 def _by(visit: Visit, errand: Errand) -> tuple[Choice, bool]:
     """The arm that truly answered, and whether the session had it already."""
-    choice, lineup = errand.choice, errand.lineup
+    choice = errand.choice
     if visit.arm not in ("", choice.arm):
         return Choice(visit.arm, 1.0, choice.snapshot, choice.segment, policy="fallback"), False
-    if choice.rollout and all(lineup.snapshot.challenger in replica.missing for replica in errand.route.replicas):
-        # The challenger's sessions do not count while no replica serves it, so the control's must not either.
-        choice = replace(choice, rollout="", rival=0.0)
     return choice, errand.recalled
+
+
+def _unopposed(choice: Choice, errand: Errand) -> bool:
+    """The challenger's sessions do not count while no replica serves it, so the control's must not either."""
+    challenger = errand.lineup.snapshot.challenger
+    return choice.rollout != "" and all(challenger in replica.missing for replica in errand.route.replicas)
 
 
 def _readable(raw: msgspec.Raw | None) -> tuple[msgspec.Raw | None, Any]:

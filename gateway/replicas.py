@@ -18,7 +18,7 @@ import msgspec
 from prometheus_client import Counter
 
 from gateway.arms import Lineup, Lineups, Route
-from gateway.upstream import ConnectTimedOut, Reader, Refused, Replica, Reply, Timeouts, UpstreamError, in_order
+from gateway.upstream import ConnectTimedOut, Reader, Refused, Replica, Reply, Timeouts, UpstreamError
 from router.bandit import unit_hash
 
 log = logging.getLogger("understudy.gateway")
@@ -208,3 +208,14 @@ def _listed(body: bytes) -> set[str] | None:
         return {model.id for model in msgspec.json.decode(body, type=_Models).data}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
+
+
+def in_order(replicas: list[Replica], u: float) -> list[Replica]:
+    """Whom to ask first, second, …: the session's own (its prefix cache is warm), those that are down last.
+
+    `u` in [0, 1) is the session's hash. A session leaves its replica while that one is much busier than the least.
+    """
+    start = int(u * len(replicas))
+    ring = replicas[start:] + replicas[:start]
+    busy = 2 * min(r.in_flight for r in replicas) + 8
+    return sorted(ring, key=lambda r: (r.is_down, r.in_flight > busy))

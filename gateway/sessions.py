@@ -2,7 +2,8 @@
 
 The path of a request does no I/O here but one recall, and only when the request carries an earlier assistant turn
 and this worker has not seen the session; it has a short timeout and fails open (the draw is by the session's hash,
-so it mostly finds the same arm anyway). Assignments and snapshots travel in the background.
+so it mostly finds the same arm anyway). Assignments and snapshots travel in the background; where facts tell which arm
+a session has, assignments are written only for answers that take longer than that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 from router.arms import Choice, Snapshot
 from router.bandit import draw, unit_hash
@@ -42,7 +44,7 @@ class Sessions:
         self._store = store
         self._assignments = assignments
         self._cache: OrderedDict[_Key, Choice] = OrderedDict()
-        self._new: list[Assignment] = []
+        self._new: dict[_Key, Choice] = {}
         self._threads = ThreadPoolExecutor(4, "store")
 
     async def choose(
@@ -64,23 +66,28 @@ class Sessions:
         key = route, tenant, session
         choice = self._cache.get(key)
         if choice is None and begun:
-            choice = await self._recall(*key)
+            choice = await self._recall(*key, held)
         if choice is not None and choice.arm in held:
             self._keep(key, choice)
             return choice, True
         choice = draw(snapshot, unit_hash(route, session_key(tenant, session)), segment())
         self._keep(key, choice)
-        self._new.append((*key, choice))
+        self._new[key] = choice
         return choice, False
+
+    def answered(self, route: str, tenant: str, session: str) -> None:
+        """A request of the session has ended, and leaves a fact."""
+        if self._assignments.told_by_facts:
+            self._new.pop((route, tenant, session), None)
 
     def _keep(self, key: _Key, choice: Choice) -> None:
         if key not in self._cache and len(self._cache) >= CACHE:
             self._cache.popitem(last=False)
         self._cache[key] = choice
 
-    async def _recall(self, route: str, tenant: str, session: str) -> Choice | None:
+    async def _recall(self, route: str, tenant: str, session: str, held: Container[str]) -> Choice | None:
         loop = asyncio.get_running_loop()
-        asked = (route, tenant, session, time.time())
+        asked = (route, tenant, session, held, time.time())
         try:
             recalling = loop.run_in_executor(self._threads, self._assignments.recall, *asked)
             return await asyncio.wait_for(recalling, RECALL_TIMEOUT)
@@ -90,13 +97,13 @@ class Sessions:
 
     def exchange(self) -> None:
         """Push new assignments and pull newer snapshots. Blocks; raises `StateError` and loses nothing by it."""
-        new, self._new = self._new, []
+        new, self._new = self._new, {}
         failed: StateError | None = None
         try:
-            if new:
-                self._assignments.assign(new, REMEMBER_SECONDS, time.time())
+            self._assign(new)
         except StateError as error:
-            self._new = (new + self._new)[-CACHE:]
+            kept = new | self._new
+            self._new = dict(islice(kept.items(), max(0, len(kept) - CACHE), None))
             failed = error  # what was decided must be known here though nothing can be written
         for name, snapshot in list(self.snapshots.items()):
             newer = self._store.snapshot(name)
@@ -112,9 +119,14 @@ class Sessions:
 
     def close(self) -> None:
         """Push what is left."""
-        if self._new:
-            try:
-                self._assignments.assign(self._new, REMEMBER_SECONDS, time.time())
-            except StateError as error:
-                log.warning("%d session assignments were not stored: %s", len(self._new), error)
+        try:
+            self._assign(self._new)
+        except StateError as error:
+            log.warning("%d session assignments were not stored: %s", len(self._new), error)
         self._threads.shutdown(wait=False)
+        self._assignments.close()
+
+    def _assign(self, new: Mapping[_Key, Choice]) -> None:
+        if new:
+            assignments: list[Assignment] = [(*key, choice) for key, choice in new.items()]
+            self._assignments.assign(assignments, REMEMBER_SECONDS, time.time())

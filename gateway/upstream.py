@@ -280,6 +280,11 @@ class _Connection(asyncio.Protocol):
             else:
                 self.transport.resume_reading()
 
+    def failed(self) -> Exception | None:
+        """What went wrong, to be raised, and not kept: what is raised holds all that the caller does."""
+        failure, self.failure = self.failure, None
+        return failure
+
     def abort(self) -> None:
         self.closed = True
         self._set_alarm(None)
@@ -342,7 +347,7 @@ class Reply:
         """The body ended: as it should, or before. Raises what went wrong."""
         if not self._connection.complete:
             self.abort()
-            raise self._connection.failure or _cut()
+            raise self._connection.failed() or _cut()
         if not self._done:
             self._done = True
             self._replica.give_back(self._connection)
@@ -362,6 +367,7 @@ class Reply:
         if not self._done:
             self._done = True
             self._connection.abort()
+            self._connection.body.clear()  # nobody takes it, and the garbage collector comes seldom
             self._replica.in_flight -= 1
 
 
@@ -425,7 +431,7 @@ class Replica:
                     self.failures, self.down_until = 0, 0.0
                     return Reply(connection, self, timeouts)
                 if connection.failure is not None:
-                    raise connection.failure
+                    raise connection.failed() or _cut()
                 if connection.buffered:
                     raise _cut()
                 if connection.seen or fresh:
@@ -484,14 +490,3 @@ def _silent(idle: float) -> TimedOut:
 
 def _cut() -> Cut:
     return Cut("the upstream closed the connection in the middle of its answer")
-
-
-def in_order(replicas: list[Replica], u: float) -> list[Replica]:
-    """Whom to ask first, second, …: the session's own (its prefix cache is warm), those that are down last.
-
-    `u` in [0, 1) is the session's hash. A session leaves its replica while that one is much busier than the least.
-    """
-    start = int(u * len(replicas))
-    ring = replicas[start:] + replicas[:start]
-    busy = 2 * min(r.in_flight for r in replicas) + 8
-    return sorted(ring, key=lambda r: (r.is_down, r.in_flight > busy))

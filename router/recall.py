@@ -1,42 +1,56 @@
 """Which arm a session has, as the journal tells it: each request of the session left a fact that says so.
 
-Where one machine serves a route, nothing else need be written for it. Machines that share no journal have it from
+Where one machine serves a route, little else need be written for it. Machines that share no journal have it from
 their store (`store_redis`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
+
+import msgspec
 
 from router.arms import Choice
 from router.store import REMEMBER_SECONDS, Assignment
 from telemetry.journal import Journal
 
 _NOT_DRAWN = frozenset(["pinned", "fallback"])
+_choice = msgspec.json.Decoder(Choice)
 
 
 class JournalAssignments:
-    """Assignments that need not be kept. May be asked from several threads; raises `StateError`s."""
+    """Assignments that the facts will tell. May be asked from several threads; raises `StateError`s.
+
+    The journal is opened here: the first recall has no time for it.
+    """
+
+    told_by_facts = True
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._journal: Journal | None = None
-        self._lock = threading.Lock()
+        self._reads, self._reading = Journal(path), threading.Lock()
+        self._writes, self._writing = Journal(path), threading.Lock()  # no recall waits for a disk
+
+    def close(self) -> None:
+        with self._reading, self._writing:
+            self._reads.close()
+            self._writes.close()
 
     def assign(self, assignments: Sequence[Assignment], seconds: float, now: float) -> None:
-        """Nothing to do: the facts will say it."""
+        drawn = [(*key, now, msgspec.json.encode(choice)) for *key, choice in assignments]
+        with self._writing:
+            self._writes.draw(drawn, now - seconds)
 
-    def recall(self, route: str, tenant: str, session: str, now: float) -> Choice | None:
-        with self._lock:
-            if self._journal is None:
-                self._journal = Journal(self._path)
-            facts = self._journal.latest(tenant, session, route)
-        for fact in facts:
-            by = fact.answerer
-            if by.policy not in _NOT_DRAWN and fact.at > now - REMEMBER_SECONDS:
-                return Choice(
-                    by.arm, by.propensity, by.snapshot, by.segment, by.holdout, by.policy, by.rollout, by.rival
-                )
-        return None
+    def recall(self, route: str, tenant: str, session: str, held: Container[str], now: float) -> Choice | None:
+        since = now - REMEMBER_SECONDS
+        with self._reading:
+            for fact in self._reads.latest(tenant, session, route):
+                by = fact.answerer
+                if by.policy not in _NOT_DRAWN and by.arm in held and fact.at > since:
+                    return Choice(
+                        by.arm, by.propensity, by.snapshot, by.segment, by.holdout, by.policy, by.rollout, by.rival
+                    )
+            drawn = self._reads.drawn(route, tenant, session, since)
+        choice = _choice.decode(drawn) if drawn is not None else None
+        return choice if choice is not None and choice.arm in held else None

@@ -8,7 +8,7 @@ controllers never both write.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -61,10 +61,16 @@ REMEMBER_SECONDS = 86400.0
 class Assignments(Protocol):
     """Which arm each session has. Methods raise `StateError`s, and may be called from several threads."""
 
+    told_by_facts: bool
+    """Facts on disk tell it too: only sessions whose answers are still under way need be assigned."""
+
+    def close(self) -> None: ...
+
     def assign(self, assignments: Sequence[Assignment], seconds: float, now: float) -> None:
         """Remember sessions' arms for `seconds`."""
 
-    def recall(self, route: str, tenant: str, session: str, now: float) -> Choice | None: ...
+    def recall(self, route: str, tenant: str, session: str, held: Container[str], now: float) -> Choice | None:
+        """The session's arm on `route`, if it has one of `held`."""
 
 
 class Documents(Protocol):

@@ -8,7 +8,7 @@ strings because Lua would cut doubles to 14 digits.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,6 +107,8 @@ AT_ONCE = 500
 
 class RedisStore:
     """See `router.store.Store`. `url` as redis-py takes it; `timeout` seconds bound every call."""
+
+    told_by_facts = False
 
     def __init__(self, url: str, timeout: float = 2.0) -> None:
         self._where = url.rsplit("@", 1)[-1]
@@ -210,10 +212,11 @@ class RedisStore:
                     bodies = map(msgspec.json.encode, part.values())
                     self._assign(keys=list(part), args=[max(1, int(seconds * 1000)), *bodies])
 
-    def recall(self, route: str, tenant: str, session: str, now: float) -> Choice | None:
+    def recall(self, route: str, tenant: str, session: str, held: Container[str], now: float) -> Choice | None:
         with self._translated():
             body = self._redis.get(_arm(route, tenant, session))
-        return _choice.decode(body) if body else None
+        choice = _choice.decode(body) if body else None
+        return choice if choice is not None and choice.arm in held else None
 
     def put_key(self, key: ApiKey) -> None:
         with self._translated():

@@ -174,7 +174,7 @@ class Trial:
     def request(self, fact: Interaction) -> None:
         """One request of any session, in any order but for a session's first one, which must come first."""
         who, key = fact.answerer, (fact.tenant, fact.session)
-        if who.rollout != self.id or who.policy in NOT_DRAWN:
+        if who.rollout != self.id or who.unopposed or who.policy in NOT_DRAWN:
             return
         place = self._place.get(key)
         if place is None:

@@ -79,6 +79,8 @@ class Answerer(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """The rollout that the session takes part in: it drew the challenger or the control."""
     rival: float = 0.0
     """Of such a session: the probability with which it would have drawn the other one of the two."""
+    unopposed: bool = False
+    """No replica served the rollout's challenger: the request counts for neither of the two."""
 
 
 class Thread(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

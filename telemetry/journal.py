@@ -22,6 +22,7 @@ from telemetry.events import (
     Fact,
     Interaction,
     Signal,
+    Unread,
     answer_name,
     decode,
     encode,
@@ -154,11 +155,29 @@ class Journal:
         rows = self._select(f"{OF_SESSION} ORDER BY at, seq", _session(tenant, session))
         return [(seq, fact) for seq, fact in rows if isinstance(fact, Interaction)]
 
-    def latest(self, tenant: str, session: str, route: str, limit: int = 16) -> list[Interaction]:
-        """A session's last requests on a route, newest first."""
-        where = f"{OF_SESSION} AND route = ? ORDER BY seq DESC LIMIT ?"
-        rows = self._select(where, (*_session(tenant, session), route, limit))
-        return [fact for _, fact in rows if isinstance(fact, Interaction)]
+    def latest(self, tenant: str, session: str, route: str) -> Iterator[Unread]:
+        """A session's requests on a route, newest first, each read when it is asked for."""
+        question = f"SELECT seq, body FROM facts {OF_SESSION} AND route = ? ORDER BY seq DESC"
+        with translated(self.path):
+            for row in self._db.execute(question, (*_session(tenant, session), route)):
+                for _, fact in self._legible([row], skim):
+                    if isinstance(fact, Unread):
+                        yield fact
+
+    def draw(self, drawn: Sequence[tuple[object, ...]], since: float) -> None:
+        """Keep what sessions drew whose facts are still to come: (route, tenant, session, when, choice).
+
+        What was drawn before `since` is forgotten.
+        """
+        with translated(self.path), transaction(self._db):
+            insert(self._db, "INSERT OR REPLACE INTO drawn VALUES", 5, drawn)
+            self._db.execute("DELETE FROM drawn WHERE at < ?", (since,))
+
+    def drawn(self, route: str, tenant: str, session: str, since: float) -> bytes | None:
+        where = "WHERE route = ? AND tenant = ? AND session = ? AND at >= ?"
+        with translated(self.path):
+            row = self._db.execute(f"SELECT choice FROM drawn {where}", (route, tenant, session, since)).fetchone()
+        return row[0] if row else None
 
     def answers(self, signal: Signal) -> list[tuple[int, Interaction]]:
         """The interactions that `signal` is about, of its own tenant only; empty if none is journaled yet."""

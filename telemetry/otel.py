@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import math
 import os
 import random
 import threading
@@ -17,6 +18,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import NamedTuple
@@ -39,6 +41,7 @@ PATIENCE = 5.0
 AT_ONCE = 64
 """Spans written before others may have Python's lock, 0.5 ms: whoever answers would wait 4 ms for a batch."""
 TRIES = 6
+CREDENTIALS = "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER"
 AGAIN = frozenset({429, 502, 503, 504})
 
 
@@ -52,7 +55,7 @@ class Spans:
         self._collector = _Collector(f"{endpoint.rstrip('/')}/v1/traces")
         self._dropped = dropped
         self._batch = max(1, min(int(_number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512)), MOST_WAITING))
-        self._delay = _number("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000
+        self._delay = min(_number("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000, threading.TIMEOUT_MAX)
         resource = Resource.create({"service.name": "understudy"})
         self._envelope = envelope(resource.attributes, resource.schema_url)
         self._queue: deque[tuple[Interaction, Signal | None]] = deque()
@@ -111,7 +114,11 @@ class Spans:
                 time.sleep(0)
             if span := _written(*self._queue[n]):
                 written.append(span)
-        sent = len(written) if written and self._send(self._envelope(written)) else 0
+        try:
+            sent = len(written) if written and self._send(self._envelope(written)) else 0
+        except Exception:  # whatever it is: the next ones may be taken
+            log.exception("spans could not be sent; they are dropped and counted")
+            sent = 0
         if sent or time.monotonic() < self._ends:  # else who closes counts them
             for _ in range(taken):
                 self._queue.popleft()
@@ -155,6 +162,8 @@ class _Collector:
         self._url, self.host = url, urlsplit(url).hostname
         self.timeout = _number(_named("TIMEOUT"), PATIENCE)
         self.pack, encoding = _packing((_said("COMPRESSION") or "none").strip().lower())
+        if os.environ.get(CREDENTIALS) or os.environ.get(CREDENTIALS.replace("HTTP_", "HTTP_TRACES_")):
+            log.warning("%s is not read here; say who we are by OTEL_EXPORTER_OTLP_HEADERS", CREDENTIALS)
         certificate, private = _said("CLIENT_CERTIFICATE"), _said("CLIENT_KEY")
         self._session = requests.Session()
         self._authorities = _said("CERTIFICATE")
@@ -229,10 +238,11 @@ def _pause(retry_after: str | None) -> float | None:
     if retry_after is None:
         return None
     try:
-        return max(0.0, float(retry_after))
+        seconds = float(retry_after)
     except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
-        return None
+        try:
+            at = parsedate_to_datetime(retry_after)
+            seconds = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

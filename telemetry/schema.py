@@ -47,6 +47,14 @@ MIGRATIONS: list[Migration] = [
     "CREATE TABLE text_reads (at REAL NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL)",
     "CREATE INDEX facts_decision ON facts (seq) WHERE type = 'decision'",
     by_session.create,
+    # What sessions drew whose first answers were long under way: small, and of one day.
+    """
+    CREATE TABLE drawn (
+        route TEXT, tenant TEXT, session TEXT, at REAL NOT NULL, choice BLOB NOT NULL,
+        PRIMARY KEY (route, tenant, session)
+    ) WITHOUT ROWID;
+    CREATE INDEX drawn_at ON drawn (at)
+    """,
 ]
 
 COLUMNS = "event_id, type, at, tenant, route, session, request_id, response_id, trace_id, body"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from telemetry.errors import StateError, StateUnavailable
+from telemetry.errors import StateUnavailable
 from telemetry.events import Fact
 from telemetry.journal import Journal
 from telemetry.schema import Row, row
@@ -67,7 +67,7 @@ class JournalWriter:
         except TimeoutError:
             raise StateUnavailable(f"the journal cannot be written: {self.failing or 'too slow'}") from None
 
-    def flush(self, timeout: float = 0.5) -> bool:
+    def flush(self, timeout: float) -> bool:
         """Wait until all that was put is on disk; False if it is not after `timeout` seconds. Not for event loops."""
         if self.failing is not None:
             return False
@@ -109,8 +109,9 @@ class JournalWriter:
             # A caller who stopped waiting was told 503 and will send again; what it sent is not kept twice.
             batch = [(rows, done) for rows, done in batch if done is None or not done.cancelled()]
             try:
-                self._journal.write([row for rows, _ in batch for row in rows])
-            except StateError as error:
+                if rows := [row for rows, _ in batch for row in rows]:
+                    self._journal.write(rows)
+            except Exception as error:  # of whatever kind: a thread that ended would write nothing more
                 self._queue.extendleft(reversed(batch))
                 if self.failing is None:
                     self._report(f"journal: {error}; {len(self._queue)} facts wait in memory")

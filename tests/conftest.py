@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +74,16 @@ def eventually(predicate: Callable[[], Found], timeout: float = 5.0, every: floa
             raise AssertionError(f"not within {timeout} s; last: {found!r}")
         time.sleep(every)
     return found
+
+
+def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that is a coroutine."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **fixtures: Any) -> None:
+        asyncio.run(test(*args, **fixtures))
+
+    return run
 
 
 def ask(text: str = "hello", **fields: Any) -> dict[str, Any]:

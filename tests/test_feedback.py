@@ -28,6 +28,11 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
+def named(name: str) -> Behaviour:
+    """An answer whose upstream names it itself."""
+    return Behaviour("raw_stream", data=b'data: {"id":"%b","choices":[]}\n\n' % name.encode())
+
+
 # What is taken
 
 VALID: list[tuple[dict[str, Any], float | None]] = [
@@ -316,7 +321,7 @@ def test_a_token_may_come_with_the_item(gateway: MakeGateway, fake: FakeVllm) ->
 
 def test_a_token_accepts_a_provider_made_answer_id_that_the_journal_knows(gateway: MakeGateway, fake: FakeVllm) -> None:
     gw = gateway(fake)
-    fake.script(*(Behaviour("raw_stream", data=b'data: {"id":"foreign-%d","choices":[]}\n\n' % n) for n in (1, 2)))
+    fake.script(named("foreign-1"), named("foreign-2"))
     tokens = [gw.chat(text, stream=True).headers[TOKEN] for text in ("a", "b")]
     stored = [f.response_id for f in gw.wait_interactions(2)]
     if stored != ["foreign-1", "foreign-2"]:
@@ -414,6 +419,37 @@ def test_tenants_whose_names_hold_a_slash_do_not_share_sessions(gateway: MakeGat
         gw.feedback({"response_id": response_id, "kind": "thumb", "value": value}, **bearer(key))
     gw.wait_interactions(2)
     assert gw.sums()["champion"].n == 2.0
+
+
+def test_a_token_speaks_for_a_large_answer_at_once(gateway: MakeGateway, fake: FakeVllm) -> None:
+    gw = gateway(fake)
+    for n in range(5):
+        fake.script(named(f"gen-{n}"))
+        said = gw.chat("long " * 100_000, stream=True)
+        item = {"response_id": f"gen-{n}", "kind": "thumb", "value": True}
+        told = gw.http.post("/v1/feedback", json=item, headers={TOKEN: said.headers[TOKEN]})
+        assert told.status_code == 202, told.text
+
+
+def test_while_the_journal_cannot_be_written_nothing_final_is_said_and_nobody_waits_long(
+    gateway: MakeGateway, fake: FakeVllm
+) -> None:
+    gw = gateway(fake)
+    known, _ = answered(gw)
+    gw.wait_interactions(1)
+    fake.script(named("gen-1"))
+    with gw.journal() as journal:
+        journal._db.execute("BEGIN IMMEDIATE")  # another program holds the file's lock
+        said = gw.chat(stream=True)
+        item = {"response_id": "gen-1", "kind": "comment", "text": "good"}
+        told = gw.http.post("/v1/feedback", json=item, headers={TOKEN: said.headers[TOKEN]})
+        assert (told.status_code, told.headers["retry-after"]) == (503, "1"), told.text
+        began = time.monotonic()
+        assert {gw.http.get(f"/v1/feedback/unknown-{n}").status_code for n in range(50)} == {503}
+        assert gw.http.get(f"/v1/feedback/{known}").status_code == 200
+        assert time.monotonic() - began < 5, "fifty half seconds"
+        journal._db.execute("ROLLBACK")
+    eventually(lambda: gw.http.post("/v1/feedback", json=item, headers={TOKEN: said.headers[TOKEN]}).is_success, 15)
 
 
 def test_feedback_is_refused_while_the_journal_cannot_be_written_and_taken_after(

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROUTE, Gateway, MakeGateway, ask, eventually
+from conftest import ROUTE, Gateway, MakeGateway, Publisher, ask, eventually
 from fake_vllm import DONE, Behaviour, FakeVllm, answer_text, sse, vector
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -460,6 +460,25 @@ def test_a_session_keeps_its_arm_when_the_weights_change(gateway: MakeGateway, f
     for fact in again:
         assert fact.answerer.propensity == by_session[fact.session].propensity
         assert fact.answerer.snapshot == by_session[fact.session].snapshot
+
+
+def test_a_session_keeps_its_arm_at_another_worker_though_weights_moved_under_its_first_answer(
+    gateway: MakeGateway, fake: FakeVllm, publisher: Publisher
+) -> None:
+    policy = {"refresh": "50ms"}
+    one, two = (gateway(fake, arms=TWO, policy=policy, state=publisher.state) for _ in range(2))
+    for n in range(5):
+        for gw in (one, two):
+            publisher.show(gw, {"good": 0.999, "bad": 0.001}, lead="good")
+        headers, slow = {"x-understudy-session": f"s{n}"}, ask("!slow:0.06 x", stream=True)
+        with one.http.stream("POST", "/v1/chat/completions", json=slow, headers=headers) as said:
+            pieces = said.iter_raw()
+            assert b"good" in next(pieces)
+            publisher.publish({"good": 0.001, "bad": 0.999}, lead="good")
+            for _ in pieces:
+                pass
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+        assert two.chat(headers=headers, messages=turns).json()["model"] == "good"
 
 
 def _drawn(gw: Gateway, session: str) -> Interaction:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
-from conftest import eventually
+from conftest import eventually, in_a_loop
 
 from telemetry.errors import StateUnavailable
 from telemetry.events import Answerer, Interaction, Signal, encode, new_id
@@ -23,14 +21,6 @@ from telemetry.schema import MIGRATIONS
 from telemetry.writer import JournalWriter
 
 ARM = Answerer("champion", "base")
-
-
-def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    @functools.wraps(test)
-    def run(*args: Any, **fixtures: Any) -> None:
-        asyncio.run(test(*args, **fixtures))
-
-    return run
 
 
 def interaction(session: str = "s", tenant: str = "t", at: float = 1.0, **fields: object) -> Interaction:

@@ -127,9 +127,29 @@ def test_a_collector_that_is_busy_is_asked_again(status: int) -> None:
     assert dropped == []
 
 
+@pytest.mark.parametrize("odd", ["Fri, 01 Jan 99999999999999999999 00:00:00 GMT", "inf", "nan", "soon", "-3", "1e999"])
+def test_a_collector_that_asks_for_an_odd_pause_is_asked_again(odd: str) -> None:
+    with Collector(refuse=[503], retry_after=odd) as collector:
+        spans = Spans(collector.url)
+        for _ in range(512):
+            spans.answered(FACT)
+        eventually(lambda: len(collector.spans()) == 512)
+        spans.close()
+
+
+def test_a_delay_of_ages_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "1e15")
+    with Collector() as collector:
+        spans = Spans(collector.url)
+        time.sleep(0.1)
+        spans.answered(FACT)
+        spans.close()
+        assert len(collector.spans()) == 1
+
+
 def test_a_collector_that_asks_for_more_time_than_there_is_costs_a_count() -> None:
     dropped: list[int] = []
-    with Collector(refuse=[503], retry_after="Fri, 01 Jan 2100 00:00:00 GMT") as collector:
+    with Collector(refuse=[503], retry_after="Fri, 01 Jan 2100 00:00:00 -0000") as collector:
         spans = Spans(collector.url, dropped.append)
         for _ in range(512):
             spans.answered(FACT)

@@ -124,6 +124,24 @@ def test_of_two_answers_in_a_trace_the_one_whose_span_is_near_is_meant(
     assert [signal.response_id for signal in gw.signals("copy")] == [one.request_id, two.request_id]
 
 
+def test_a_vote_right_after_the_second_answer_under_a_span_is_not_taken_for_the_first(
+    gateway: MakeGateway, fake: FakeVllm, tracing: Any
+) -> None:
+    gw = gateway(fake)
+    tracer = tracing(gw)
+    with tracer.start_as_current_span("agent") as agent:
+        context = agent.get_span_context()
+        headers = {"traceparent": f"00-{context.trace_id:032x}-{context.span_id:016x}-01"}
+        answered(gw, **headers)
+        gw.chat(headers=headers)
+        with tracer.start_as_current_span("copied", attributes={"understudy.signal.kind": "copy"}):
+            pass
+    (signal,) = gw.signals("copy")
+    assert signal.response_id is None, "it is about the trace, whose last answer then is meant"
+    with gw.journal() as journal:
+        assert len(journal.answers(signal)) == 2
+
+
 def test_a_link_says_what_a_span_is_about(gateway: MakeGateway, fake: FakeVllm, tracing: Any) -> None:
     gw = gateway(fake)
     answered(gw)

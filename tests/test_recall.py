@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from telemetry.errors import StateError
 from telemetry.events import Answerer, Interaction, new_id
 from telemetry.journal import Journal
 
+HELD = frozenset("abc")
 A, B = Choice("a", 0.3, 7, "code", True, "thompson", "r-1", 0.2), Choice("b", 0.7, policy="thompson")
 
 
@@ -29,7 +30,7 @@ def fact(route: str, tenant: str, session: str, choice: Choice, at: float) -> In
 
 
 class Remembers(Protocol):
-    def recall(self, route: str, tenant: str, session: str, now: float) -> Choice | None: ...
+    def recall(self, route: str, tenant: str, session: str, held: Container[str], now: float) -> Choice | None: ...
     def note(self, assignments: Sequence[Assignment], now: float) -> None:
         """What a gateway does for sessions that draw."""
 
@@ -40,7 +41,6 @@ class ByJournal(JournalAssignments):
         self.journal = Journal(path)
 
     def note(self, assignments: Sequence[Assignment], now: float) -> None:
-        self.assign(assignments, REMEMBER_SECONDS, now)
         self.journal.append([fact(*one, now) for one in assignments])
 
 
@@ -71,39 +71,39 @@ def known(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Remembers]
 def test_a_session_is_recalled_with_all_that_was_known_of_its_draw(known: Remembers) -> None:
     now = time.time()
     known.note([("r", "t", "s", A), ("r", "t", "z", B), ("other", "t", "s", B)], now)
-    assert known.recall("r", "t", "s", now) == A
-    assert known.recall("r", "t", "z", now) == B
-    assert known.recall("other", "t", "s", now) == B
-    assert known.recall("r", "u", "s", now) is None
-    assert known.recall("more", "t", "s", now) is None
+    assert known.recall("r", "t", "s", HELD, now) == A
+    assert known.recall("r", "t", "z", HELD, now) == B
+    assert known.recall("other", "t", "s", HELD, now) == B
+    assert known.recall("r", "u", "s", HELD, now) is None
+    assert known.recall("more", "t", "s", HELD, now) is None
 
 
 def test_names_of_tenants_and_sessions_never_run_together(known: Remembers) -> None:
     now = time.time()
     known.note([("r", "a", "b/c", A)], now)
-    assert known.recall("r", "a/b", "c", now) is None
+    assert known.recall("r", "a/b", "c", HELD, now) is None
 
 
 def test_the_arm_that_was_drawn_last_counts(known: Remembers) -> None:
     now = time.time()
     known.note([("r", "t", "s", A)], now - 60)
     known.note([("r", "t", "s", B)], now)
-    assert known.recall("r", "t", "s", now) == B
+    assert known.recall("r", "t", "s", HELD, now) == B
 
 
 def test_many_are_remembered_at_once(known: Remembers) -> None:
     now = time.time()
     known.note([], now)
     known.note([(f"r{n % 3}", "t", f"s{n}", A if n % 2 else B) for n in range(1700)], now)
-    assert all(known.recall(f"r{n % 3}", "t", f"s{n}", now) == (A if n % 2 else B) for n in range(1700))
+    assert all(known.recall(f"r{n % 3}", "t", f"s{n}", HELD, now) == (A if n % 2 else B) for n in range(1700))
 
 
 def test_redis_forgets_a_session_in_time(redis: RedisServer) -> None:
     store = ByRedis(redis.url)
     store.assign([("r", "t", "s", A)], 0.2, time.time())
     store.assign([("r", "t", "z", B)], 60.0, time.time())
-    eventually(lambda: store.recall("r", "t", "s", time.time()) is None)
-    assert store.recall("r", "t", "z", time.time()) == B
+    eventually(lambda: store.recall("r", "t", "s", HELD, time.time()) is None)
+    assert store.recall("r", "t", "z", HELD, time.time()) == B
     store.close()
 
 
@@ -117,7 +117,7 @@ def journal(tmp_path: Path) -> Iterator[ByJournal]:
 def test_the_journal_forgets_a_session_in_time(journal: ByJournal) -> None:
     now = time.time()
     journal.note([("r", "t", "s", A)], now - REMEMBER_SECONDS - 1)
-    assert journal.recall("r", "t", "s", now) is None
+    assert journal.recall("r", "t", "s", HELD, now) is None
 
 
 @pytest.mark.parametrize("policy", ["pinned", "fallback"])
@@ -125,12 +125,38 @@ def test_who_only_stood_in_or_was_named_is_no_arm_of_the_session(journal: ByJour
     now = time.time()
     journal.note([("r", "t", "s", A)], now)
     journal.note([("r", "t", "s", Choice("c", 1.0, policy=policy))], now)
-    assert journal.recall("r", "t", "s", now) == A
+    assert journal.recall("r", "t", "s", HELD, now) == A
     journal.note([("r", "t", "other", Choice("c", 1.0, policy=policy))], now)
-    assert journal.recall("r", "t", "other", now) is None
+    assert journal.recall("r", "t", "other", HELD, now) is None
 
 
-def test_a_journal_that_cannot_be_read_is_said(tmp_path: Path) -> None:
-    assignments: Callable[..., Choice | None] = JournalAssignments(tmp_path / "nowhere" / "journal.db").recall
+def test_a_session_whose_first_answer_is_under_way_has_its_arm(journal: ByJournal) -> None:
+    now = time.time()
+    journal.assign([("r", "t", "s", A), ("r", "t", "old", B)], REMEMBER_SECONDS, now - REMEMBER_SECONDS - 1)
+    journal.assign([("r", "t", "s", B)], REMEMBER_SECONDS, now)
+    assert journal.recall("r", "t", "s", HELD, now) == B
+    assert journal.recall("r", "t", "old", HELD, now) is None
+    journal.note([("r", "t", "s", A)], now)
+    assert journal.recall("r", "t", "s", HELD, now) == A
+
+
+def test_an_arm_that_is_no_longer_held_hides_none_that_is(known: Remembers) -> None:
+    now = time.time()
+    known.note([("r", "t", "s", B)], now)
+    assert known.recall("r", "t", "s", frozenset("a"), now) is None
+    if isinstance(known, ByJournal):  # Redis keeps one arm a session
+        known.note([("r", "t", "s", A)], now)
+        known.note([("r", "t", "s", B)], now)  # an old answer that ended late
+        assert known.recall("r", "t", "s", frozenset("a"), now) == A
+
+
+def test_however_many_answers_stood_in_the_draw_is_found(journal: ByJournal) -> None:
+    now = time.time()
+    journal.note([("r", "t", "s", A)], now)
+    journal.note([("r", "t", "s", Choice("c", 1.0, policy="fallback"))] * 100, now)
+    assert journal.recall("r", "t", "s", HELD, now) == A
+
+
+def test_a_journal_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="its folder must exist"):
-        assignments("r", "t", "s", 0.0)
+        JournalAssignments(tmp_path / "nowhere" / "journal.db")

@@ -378,7 +378,7 @@ def test_redis_away_is_said_by_every_call_and_it_works_again_when_back() -> None
             lambda: store.keep("model", b"x", t),
             lambda: store.kept("model"),
             lambda: store.assign([("r", "t", "s", Choice("a", 1.0))], 60.0, NOW),
-            lambda: store.recall("r", "t", "s", NOW),
+            lambda: store.recall("r", "t", "s", frozenset("a"), NOW),
             lambda: store.put_key(new_key("acme", "app", NOW)[1]),
             store.list_keys,
             lambda: store.secret("signing", b"x"),

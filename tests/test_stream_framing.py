@@ -20,7 +20,7 @@ import pytest
 from conftest import ROUTE, Gateway, ask, eventually
 from fake_vllm import Behaviour, FakeVllm, dumps
 
-from gateway.openai import UsageFilter
+from gateway.openai import UsageFilter, read_stream
 from telemetry.events import Interaction
 
 APART = 0.0005
@@ -51,6 +51,14 @@ EVENTS = (
     ONLY_USAGE,
     END,
 )
+
+
+def test_a_word_that_is_a_nul_takes_no_other_place() -> None:
+    def event(model: str, word: str) -> bytes:
+        return chunk(model=model, choices=[{"index": 0, "delta": {"content": word}}]) + LF
+
+    said = event("a", "Hi ") + event("\0", "\0") + event("SECRET", "\0")
+    assert read_stream(said).text == "Hi \0\0"
 
 
 def framed(events: tuple[bytes, ...], blank: bytes, asked: bool = True) -> bytes:

@@ -32,7 +32,7 @@ SHADOWING = Rollout(
 
 
 def answer(session: str, arm: str = "new", p: float = 0.2, rival: float = 0.7, **fields: Any) -> Interaction:
-    drawn = {name: fields.pop(name) for name in ("rollout", "policy") if name in fields}
+    drawn = {name: fields.pop(name) for name in ("rollout", "policy", "unopposed") if name in fields}
     known = {"at": NOW - 100, "event_id": f"e-{session}-{fields.get('at', 0)}", "duration": 1.0, "first_byte": 0.2}
     return Interaction(
         request_id=f"q-{session}",
@@ -134,6 +134,7 @@ def test_a_revised_reward_replaces_the_one_before_and_may_go_away() -> None:
         answer("s", policy="fallback"),
         answer("s", rollout="w"),
         answer("s", rollout=""),
+        answer("s", unopposed=True),
         answer("s", "third"),
         answer("s", rival=0.0),
         answer("s", rival=1.0),
