@@ -112,7 +112,8 @@ class Proxy:
         finally:
             self._metrics.begun[route.name] -= 1
             self.shadows.busy -= 1
-            self._sessions.answered(route.name, who.tenant, who.session)
+            if pinned is None and visit.arm in ("", choice.arm):
+                self._sessions.answered(route.name, who.tenant, who.session)
             self.recorder.ended(visit, errand)
 
     def _find(self, model: str, caller: Caller) -> tuple[Route, Choice | None]:

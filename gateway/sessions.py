@@ -76,7 +76,7 @@ class Sessions:
         return choice, False
 
     def answered(self, route: str, tenant: str, session: str) -> None:
-        """A request of the session has ended, and leaves a fact."""
+        """A request of the session has ended, and leaves a fact that names the arm it drew."""
         if self._assignments.told_by_facts:
             self._new.pop((route, tenant, session), None)
 

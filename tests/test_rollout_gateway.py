@@ -351,6 +351,22 @@ def test_while_no_replica_serves_the_version_the_champion_stands_in_and_is_count
     assert (by.recalled, by.policy, by.rollout) == (True, "thompson", "r1"), "the session's assignment stayed"
 
 
+def test_a_session_for_which_the_champion_stood_in_keeps_its_draw_at_another_worker(
+    gateway: MakeGateway, pair: tuple[FakeVllm, FakeVllm], publisher: Publisher
+) -> None:
+    one, two = (gateway(*pair, state=publisher.state) for _ in range(2))
+    for gw in (one, two):
+        publisher.show(gw, {"champion": 0.0001, "v2": 0.9999}, **CANARY)
+    for replica in pair:
+        replica.forget("v2")
+    assert one.chat(headers=session("s")).json()["model"] == "base"
+    for replica in pair:
+        replica.load("v2")
+    publisher.show(one, {"champion": 0.9999, "v2": 0.0001}, **CANARY)
+    publisher.show(two, {"champion": 0.9999, "v2": 0.0001}, **CANARY)
+    eventually(lambda: two.chat(headers=session("s"), messages=second("y")).json()["model"] == "v2")
+
+
 def test_no_request_of_many_at_once_fails_while_replicas_forget_and_load_in_turn(
     gateway: MakeGateway, pair: tuple[FakeVllm, FakeVllm], publisher: Publisher
 ) -> None:
