@@ -186,6 +186,8 @@ class _Connection(asyncio.Protocol):
             raise Garbage("its headers are too large")
         self.head_done = True
         self.status = status
+        if self.draining is not None and not self.draining.done():
+            self.draining.set_result(None)  # an answer before all was sent: who sends need not go on
         names = dict(self.headers)
         self._ends_at_close = b"content-length" not in names and b"transfer-encoding" not in names
         self.streams = (
@@ -201,7 +203,7 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.head_done:
             self.complete = True
-            self.reusable = self._parser.should_keep_alive()
+            self.reusable = self._parser.should_keep_alive() and self.draining is None
 
     # The exchange
 
@@ -432,9 +434,9 @@ class Replica:
                     return Reply(connection, self, timeouts)
                 if connection.failure is not None:
                     raise connection.failed() or _cut()
-                if connection.buffered:
+                if connection.seen:
                     raise _cut()
-                if connection.seen or fresh:
+                if fresh:
                     raise Refused(f"{self.url} closed the connection without an answer")
         except BaseException:
             self.in_flight -= 1
@@ -462,7 +464,10 @@ class Replica:
             raise ConnectTimedOut(f"{self.url} accepted no connection within {timeout:g} s") from None
         except OSError as error:
             self._failed()
-            raise Refused(f"{self.url} cannot be reached: {error.strerror or error}") from None
+            why = error.strerror or str(error)
+            if isinstance(error, ssl.SSLCertVerificationError):
+                why += "; name the authority that signed it in SSL_CERT_FILE"
+            raise Refused(f"{self.url} cannot be reached: {why}") from None
         return connection
 
     def _failed(self) -> None:
