@@ -192,6 +192,9 @@ class Proxy:
     async def _ask(self, visit: Visit, errand: Errand) -> Reading:
         """Ask the session's arm; while no replica serves its model, one that stands in for it."""
         route, choice, who = errand.route, errand.choice, errand.who
+        if choice.rollout:  # the challenger's sessions do not count while nobody serves it: nor must the control's
+            challenger = errand.lineup.snapshot.challenger
+            visit.unopposed = all(challenger in replica.missing for replica in route.replicas)
         for name in errand.lineup.in_turn(choice):
             arm = errand.lineup.arms[name]
             fields = dict(errand.fields)

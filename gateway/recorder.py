@@ -64,8 +64,8 @@ class Recorder:
         self._journal = journal
         self._shadows = shadows
         self._ended: deque[tuple[Visit, Errand]] = deque()
-        self._turn = False
-        """One is coming."""
+        self._coming = False
+        """A turn."""
         self._closed = False
         self._large: set[asyncio.Future[Interaction]] = set()
         self._behind = 0
@@ -78,11 +78,11 @@ class Recorder:
             self.record(visit, errand)
             return
         self._ended.append((visit, errand))
-        if len(self._ended) == TOGETHER:
-            self._take_turn()
-        elif not self._turn:
-            self._turn = True
-            asyncio.get_running_loop().call_later(SOON, self._take_turn)
+        if len(self._ended) >= TOGETHER:
+            self._make_some()  # one at least, so that no more may wait than that
+        if self._ended and not self._coming:
+            self._coming = True
+            asyncio.get_running_loop().call_later(SOON, self._turn)
 
     def __len__(self) -> int:
         """Facts that are still to be made."""
@@ -105,13 +105,18 @@ class Recorder:
         await self.settled()
         self._thread.shutdown()
 
-    def _take_turn(self) -> None:
+    def _turn(self) -> None:
+        self._make_some()
+        self._coming = bool(self._ended)
+        if self._coming:
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _make_some(self) -> None:
         until = time.perf_counter() + TURN
-        while self._ended and time.perf_counter() < until:
+        while self._ended:
             self._make(*self._ended.popleft())
-        self._turn = bool(self._ended)
-        if self._turn:
-            asyncio.get_running_loop().call_soon(self._take_turn)
+            if time.perf_counter() >= until:
+                return
 
     def _make(self, visit: Visit, errand: Errand) -> None:
         size = visit.copied + len(prompt_in(errand.fields) or b"")
@@ -178,7 +183,7 @@ class Recorder:
                 recalled=recalled,
                 rollout=choice.rollout,
                 rival=choice.rival,
-                unopposed=_unopposed(choice, errand),
+                unopposed=visit.unopposed,
             ),
             endpoint=visit.endpoint,
             response_id=answer.id,
@@ -225,12 +230,6 @@ def _by(visit: Visit, errand: Errand) -> tuple[Choice, bool]:
     if visit.arm not in ("", choice.arm):
         return Choice(visit.arm, 1.0, choice.snapshot, choice.segment, policy="fallback"), False
     return choice, errand.recalled
-
-
-def _unopposed(choice: Choice, errand: Errand) -> bool:
-    """The challenger's sessions do not count while no replica serves it, so the control's must not either."""
-    challenger = errand.lineup.snapshot.challenger
-    return choice.rollout != "" and all(challenger in replica.missing for replica in errand.route.replicas)
 
 
 def _readable(raw: msgspec.Raw | None) -> tuple[msgspec.Raw | None, Any]:

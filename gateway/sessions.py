@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping
@@ -45,6 +46,7 @@ class Sessions:
         self._assignments = assignments
         self._cache: OrderedDict[_Key, Choice] = OrderedDict()
         self._new: dict[_Key, Choice] = {}
+        self._exchanging = threading.Lock()
         self._threads = ThreadPoolExecutor(4, "store")
 
     async def choose(
@@ -97,13 +99,20 @@ class Sessions:
 
     def exchange(self) -> None:
         """Push new assignments and pull newer snapshots. Blocks; raises `StateError` and loses nothing by it."""
+        with self._exchanging:
+            self._exchange()
+
+    def _exchange(self) -> None:
         new, self._new = self._new, {}
         failed: StateError | None = None
         try:
             self._assign(new)
         except StateError as error:
-            kept = new | self._new
-            self._new = dict(islice(kept.items(), max(0, len(kept) - CACHE), None))
+            for key in list(islice(new, max(0, len(new) - CACHE))):
+                del new[key]
+            late, self._new = self._new, new  # from here on the event loop writes to this one
+            for key, choice in list(late.items()):
+                new.setdefault(key, choice)
             failed = error  # what was decided must be known here though nothing can be written
         for name, snapshot in list(self.snapshots.items()):
             newer = self._store.snapshot(name)
@@ -119,10 +128,11 @@ class Sessions:
 
     def close(self) -> None:
         """Push what is left."""
-        try:
-            self._assign(self._new)
-        except StateError as error:
-            log.warning("%d session assignments were not stored: %s", len(self._new), error)
+        with self._exchanging:
+            try:
+                self._assign(self._new)
+            except StateError as error:
+                log.warning("%d session assignments were not stored: %s", len(self._new), error)
         self._threads.shutdown(wait=False)
         self._assignments.close()
 

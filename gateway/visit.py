@@ -55,6 +55,8 @@ class Visit:
     arm: str = ""
     """Who was asked last."""
     strip_usage: bool = False
+    unopposed: bool = False
+    """As `Answerer` has it."""
     characters: int = 0
     """Of the answer's text."""
     stream: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Container, Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,8 @@ from router.arms import Choice
 from router.store import REMEMBER_SECONDS, Assignment
 from telemetry.journal import Journal
 
+MOST = 256
+"""Requests of a session that are looked at: others wait meanwhile."""
 _NOT_DRAWN = frozenset(["pinned", "fallback"])
 _choice = msgspec.json.Decoder(Choice)
 
@@ -45,9 +48,11 @@ class JournalAssignments:
     def recall(self, route: str, tenant: str, session: str, held: Container[str], now: float) -> Choice | None:
         since = now - REMEMBER_SECONDS
         with self._reading:
-            for fact in self._reads.latest(tenant, session, route):
+            for fact in islice(self._reads.latest(tenant, session, route), MOST):
                 by = fact.answerer
-                if by.policy not in _NOT_DRAWN and by.arm in held and fact.at > since:
+                if fact.at <= since:
+                    break
+                if by.policy not in _NOT_DRAWN and by.arm in held:
                     return Choice(
                         by.arm, by.propensity, by.snapshot, by.segment, by.holdout, by.policy, by.rollout, by.rival
                     )

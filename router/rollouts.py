@@ -112,7 +112,7 @@ class Rollouts:
         one = self._of.get(route)
         if one is None or not one.takes_part(session):
             return
-        own = [fact for _, fact in requests if fact.route == route]
+        own = [fact for _, fact in requests if fact.route == route and not fact.answerer.unopposed]
         reward = session_reward(own, heard, self._plans[route].reward, mark)
         said = [signal for _, signal in heard if signal.kind not in GONE and signal.kind != "poll"]
         flagged = any(signal.kind == "flag" for signal in said)

@@ -90,12 +90,22 @@ async def test_others_have_their_turn_while_many_facts_are_made() -> None:
 
 
 @in_a_loop
+async def test_however_many_end_at_once_only_a_few_wait() -> None:
+    house = House(Capture("full"))
+    for _ in range(500):
+        house.ended("x" * 20_000)
+        assert len(house.recorder) <= 32
+    await house.recorder.close()
+    assert len(house.facts) == 500
+
+
+@in_a_loop
 async def test_where_the_thread_falls_behind_callers_wait_and_nothing_is_lost() -> None:
     house = House(Capture("off"))
     size, count = BEHIND // 4, 12
     for _ in range(count):
         house.ended("x" * size)
-        house.recorder._take_turn()
+        house.recorder._turn()
         assert len(house.recorder) <= 4
     await house.recorder.close()
     assert len(house.facts) == count

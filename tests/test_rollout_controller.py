@@ -26,7 +26,7 @@ from router.rollout_policy import ErrorBudget
 from router.rollouts import standing_of
 from router.store_sqlite import SqliteStore
 from telemetry.errors import StateError, StateUnavailable
-from telemetry.events import Answerer, Interaction, Shadow, Thread
+from telemetry.events import Answerer, Interaction, Shadow, Signal, Thread
 from telemetry.journal import Journal
 
 
@@ -384,6 +384,25 @@ def test_a_guardrail_that_warns_is_told_once(house: House) -> None:
         house.step()
     assert [one["metric"] for one in house.alerts if one["about"] == "guardrail"] == ["error_rate"]
     assert house.rollout.phase == "running"
+
+
+def test_what_was_answered_while_nobody_served_the_challenger_counts_for_neither(house: House) -> None:
+    version, control = house.begun(), house.rollout.control
+    side = {"policy": "thompson", "propensity": 0.5, "rival": 0.5, "rollout": house.rollout.id}
+    outage = {
+        version: Answerer(control, control, policy="fallback"),
+        control: Answerer(control, control, unopposed=True, **side),
+    }
+    for arm in (version, control):
+        for n, (by, liked) in enumerate(((outage[arm], 0.0), (Answerer(arm, arm, **side), 1.0))):
+            name = f"{arm}-{n}"
+            fact = Interaction(name, house.now + n, name, ROUTE, "t", f"s-{arm}", by, status=200, duration=1.0)
+            house.journal.append([fact, Signal(f"v-{name}", house.now, "thumb", "t", response_id=name, value=liked)])
+    house.step(4.0)
+    standing = standing_of(house.store, ROUTE)
+    assert standing is not None
+    assert (standing.challenger.judged, standing.control.judged) == (1, 1)
+    assert (standing.challenger.reward, standing.control.reward) == (1.0, 1.0)
 
 
 def test_how_it_stands_is_kept_and_forgotten_when_another_begins(house: House) -> None:
