@@ -46,7 +46,6 @@ MIGRATIONS: list[Migration] = [
     """,
     "CREATE TABLE text_reads (at REAL NOT NULL, who TEXT NOT NULL, what TEXT NOT NULL)",
     "CREATE INDEX facts_decision ON facts (seq) WHERE type = 'decision'",
-    by_session.create,
     # What sessions drew whose first answers were long under way: small, and of one day.
     """
     CREATE TABLE drawn (
@@ -55,6 +54,7 @@ MIGRATIONS: list[Migration] = [
     ) WITHOUT ROWID;
     CREATE INDEX drawn_at ON drawn (at)
     """,
+    by_session.create,
 ]
 
 COLUMNS = "event_id, type, at, tenant, route, session, request_id, response_id, trace_id, body"
