@@ -111,8 +111,7 @@ class Sessions:
             for key in list(islice(new, max(0, len(new) - CACHE))):
                 del new[key]
             late, self._new = self._new, new  # from here on the event loop writes to this one
-            for key, choice in list(late.items()):
-                new.setdefault(key, choice)
+            new.update(late)
             failed = error  # what was decided must be known here though nothing can be written
         for name, snapshot in list(self.snapshots.items()):
             newer = self._store.snapshot(name)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import pytest
-from conftest import eventually
+from conftest import eventually, in_a_loop
 from redis_server import RedisServer
 
-from router.arms import Choice
+from gateway.sessions import Sessions
+from router.arms import Choice, Snapshot
 from router.recall import JournalAssignments
 from router.store import REMEMBER_SECONDS, Assignment
 from router.store_redis import RedisStore
-from telemetry.errors import StateError
+from router.store_sqlite import SqliteStore
+from telemetry.errors import StateError, StateUnavailable
 from telemetry.events import Answerer, Interaction, new_id
 from telemetry.journal import Journal
 
@@ -160,3 +163,46 @@ def test_however_many_answers_stood_in_the_draw_is_found(journal: ByJournal) -> 
 def test_a_journal_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="its folder must exist"):
         JournalAssignments(tmp_path / "nowhere" / "journal.db")
+
+
+class Away:
+    """Assignments whose store is away until it is back."""
+
+    told_by_facts = False
+
+    def __init__(self) -> None:
+        self.away = True
+        self.told: dict[str, Choice] = {}
+
+    def close(self) -> None: ...
+
+    def assign(self, assignments: Sequence[Assignment], seconds: float, now: float) -> None:
+        if self.away:
+            raise StateUnavailable("away")
+        self.told |= {session: choice for _, _, session, choice in assignments}
+
+    def recall(self, route: str, tenant: str, session: str, held: Container[str], now: float) -> Choice | None:
+        return None
+
+
+@in_a_loop
+async def test_what_was_drawn_while_the_store_was_away_is_told_when_it_is_back(tmp_path: Path) -> None:
+    away = Away()
+    snapshot = Snapshot("r", 1, 0.0, "thompson", 0.0, segments={"": {"a": 0.5, "b": 0.5}}, lead="a")
+    with contextlib.closing(SqliteStore(tmp_path / "state.db")) as store:
+        sessions = Sessions(store, away, {"r": snapshot})
+        drawn: dict[str, Choice] = {}
+
+        async def begin(name: str) -> None:
+            drawn[name], _ = await sessions.choose("r", "t", name, str, begun=False, snapshot=snapshot, held="ab")
+
+        for n in range(50):
+            await begin(f"s{n}")
+            if n % 10 == 9:
+                with pytest.raises(StateUnavailable):
+                    sessions.exchange()
+        away.away = False
+        await begin("late")
+        sessions.exchange()
+        sessions.close()
+    assert away.told == drawn
