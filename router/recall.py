@@ -14,12 +14,12 @@ from pathlib import Path
 import msgspec
 
 from router.arms import Choice
+from router.reward import NOT_DRAWN
 from router.store import REMEMBER_SECONDS, Assignment
 from telemetry.journal import Journal
 
 MOST = 256
 """Requests of a session that are looked at: others wait meanwhile."""
-_NOT_DRAWN = frozenset(["pinned", "fallback"])
 _choice = msgspec.json.Decoder(Choice)
 
 
@@ -52,7 +52,7 @@ class JournalAssignments:
                 by = fact.answerer
                 if fact.at <= since:
                     break
-                if by.policy not in _NOT_DRAWN and by.arm in held:
+                if by.policy not in NOT_DRAWN and by.arm in held:
                     return Choice(
                         by.arm, by.propensity, by.snapshot, by.segment, by.holdout, by.policy, by.rollout, by.rival
                     )

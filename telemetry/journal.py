@@ -99,8 +99,7 @@ class Journal:
         requests = [(seq, fact) for seq, fact in facts if isinstance(fact, Interaction)]
         # The names that upstreams give are sought apart, each once: some give all of their answers the same one.
         given = ((i.tenant, name) for _, i in requests for name in names_of(i)[1:])
-        signals = self._about("signal", "response_id", given)
-        told = {(signal.tenant, signal.response_id) for _, signal in signals if isinstance(signal, Signal)}
+        told = {(signal.tenant, signal.response_id) for _, signal in self._about("response_id", given)}
         company = {seq for seq, _, others in rows if others}
         if told:
             company |= {seq for seq, i in requests if any((i.tenant, name) in told for name in names_of(i))}
@@ -234,7 +233,7 @@ class Journal:
             sessions.add((i.tenant, i.session))
         found: dict[int, Signal] = {}
         for column, keys in about.items():
-            found |= {seq: fact for seq, fact in self._about("signal", column, keys) if isinstance(fact, Signal)}
+            found |= dict(self._about(column, keys))
         for seq, fact in self._at(self._places(sessions, "signal")):
             if isinstance(fact, Signal) and (fact.tenant, fact.session) in sessions:
                 found[seq] = fact
@@ -322,15 +321,16 @@ class Journal:
     def in_traces(self, interactions: Iterable[Interaction]) -> list[Signal]:
         """Signals that name only the trace of one of `interactions`."""
         keys = dict.fromkeys((i.tenant, i.trace_id) for i in interactions if i.trace_id)
-        found = [fact for _, fact in self._about("signal", "trace_id", keys)]
-        return [fact for fact in found if isinstance(fact, Signal) and fact.response_id is None]
+        return [signal for _, signal in self._about("trace_id", keys) if signal.response_id is None]
 
-    def _about(self, kind: str, column: str, keys: Iterable[tuple[str, str]]) -> Iterator[tuple[int, Fact]]:
-        """The facts of a kind whose (tenant, `column`) is one of `keys`."""
+    def _about(self, column: str, keys: Iterable[tuple[str, str]]) -> Iterator[tuple[int, Signal]]:
+        """The signals whose (tenant, `column`) is one of `keys`."""
         for tenant, names in _by_tenant(keys):
             marks = ", ".join("?" * len(names))
-            where = f"WHERE tenant = ? AND {column} IN ({marks}) AND type = ?"
-            yield from self._select(where, (tenant, *names, kind))
+            where = f"WHERE tenant = ? AND {column} IN ({marks}) AND type = 'signal'"
+            for seq, fact in self._select(where, (tenant, *names)):
+                if isinstance(fact, Signal):
+                    yield seq, fact
 
     def recent(self, since: float, limit: int = 100_000) -> list[tuple[int, Fact]]:
         """The newest facts that came after `since`, at most about `limit`, oldest first."""
