@@ -64,6 +64,7 @@ class Server:
 
     def __init__(self, handle: Handler, context: ssl.SSLContext | None = None) -> None:
         self._handle, self._context = handle, context
+        self._open: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
         self.connections = 0
         self.asked: list[bytes] = []
 
@@ -77,16 +78,28 @@ class Server:
         finally:
             replica.close()
             server.close()
-            await asyncio.sleep(0.05)
+            for task, writer in self._open.items():
+                task.cancel()
+                writer.transport.abort()
+            while self._open:
+                await asyncio.wait(self._open)
+            for _ in range(20):  # turns of the event loop in which what was closed is let go, handshakes too
+                await asyncio.sleep(0.001)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._open[task] = writer
         try:
             await self._handle(reader, writer)
-        except (OSError, asyncio.IncompleteReadError, ssl.SSLError):
+        except (OSError, asyncio.IncompleteReadError, ssl.SSLError, asyncio.CancelledError):
             pass
         finally:
             writer.close()
+            with contextlib.suppress(OSError, ssl.SSLError, asyncio.CancelledError):
+                await writer.wait_closed()
+            del self._open[task]
 
     async def request(self, reader: asyncio.StreamReader) -> bytes:
         """The next request's body."""
